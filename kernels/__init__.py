@@ -1,0 +1,13 @@
+"""Floor 1: one file is one op: its reference, its shape rule, its kernels.
+
+With the repository root on ``sys.path`` a bare ``import kernels`` finds this folder too, and transformers probes exactly that name for another package,
+so the folder fills itself only under its full name.
+"""
+
+if __name__ == "qcompile.kernels":
+    from . import dequantize, linear, quantize, scaled_linear
+    from .op import Op, install
+
+    OPS: dict[str, Op] = {op.name: op for op in (quantize.OP, dequantize.OP, linear.OP, scaled_linear.OP)}
+    install(OPS)
+    __all__ = ["OPS"]

@@ -1,0 +1,125 @@
+"""``linear(x, weight, scheme)``: 16- or 32-bit activations times a quantized weight; ``y = x @ dequantize(weight).T`` in float32.
+
+On a GPU one template unpacks, decodes and scales the weight in registers; what follows (bias, activation, residual, the next layer's static quantization) fuses into its store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+from qcompile.core.qtensor import QTensor, dequantize, value
+from qcompile.core.scheme import Scheme
+
+from . import tiles
+from .op import Case, Kernel, Op, target, two_dimensional
+
+
+def reference(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """(..., K) -> (..., N), float32; ``weight`` as ``QTensor.flatten`` gives it."""
+    return x.float() @ dequantize(QTensor.unflatten(weight, Scheme.parse(scheme), x.shape[-1])).T
+
+
+def fake(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """Shape and dtype of ``reference``."""
+    return x.new_empty((*x.shape[:-1], weight[0].shape[-2]), dtype=torch.float32)
+
+
+def case(x: Any, weight: Sequence[Any], scheme: str) -> Case:
+    """The case of one call; tensors and IR nodes alike."""
+    shape = compat.sizes(x)
+    return Case(compat.device_of(x), x.dtype, Scheme.parse(scheme), None, int(compat.sizes(weight[0])[-2]), int(shape[-1]), compat.static_int(shape[0]))
+
+
+def simplify(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Any:
+    """N-D activations to 2-D; quantized scales to float32 scales."""
+    s = Scheme.parse(scheme)
+    if x.dim() != 2:
+        return target("linear")(two_dimensional(x), list(weight), scheme).reshape(*x.shape[:-1], weight[0].shape[-2])
+    if s.scale is not None:
+        return target("linear")(x, flat_scales(weight, s, x.shape[-1]), str(unnested(s)))
+    return NotImplemented
+
+
+def unnested(s: Scheme) -> Scheme:
+    """The scheme with its scales stored as floats."""
+    return Scheme(s.fmt, s.group, s.zero, s.static, None, s.layout)
+
+
+def flat_scales(weight: Sequence[Tensor], s: Scheme, k: int) -> list[Tensor]:
+    """Tensors of ``unnested(s)``: quantized scales (and minima) dequantized to float32."""
+    q = QTensor.unflatten(weight, s, k)
+    zero = [] if q.zero is None else [q.zero if isinstance(q.zero, Tensor) else value(q.zero)]
+    return [q.codes, value(q.scale), *zero]
+
+
+def _gpu_supports(c: Case) -> Skip | None:
+    if c.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return Skip(f"activations are {c.dtype}")
+    if c.weight.fmt.kind == "table" and len(c.weight.fmt.values) > 16:
+        return Skip(f"{c.weight.fmt} has more than 16 table entries")
+    if c.weight.fmt.native in (torch.float8_e4m3fn, torch.float8_e5m2) and compat.capability(c.device) < (8, 9):
+        return Skip(f"{c.weight.fmt} needs compute capability 8.9, this device has {compat.capability(c.device)}")
+    return None
+
+
+def source(s: Scheme, n: int, k: int, even_k: bool, dot_dtype: str) -> str:
+    """The Triton template. Scales multiply the product of a sub-tile where a sub-tile lies in one group, else the weight itself."""
+    after = s.zero != "min" and tiles.whole_subtiles(s, k)
+    per_row = s.extent(n, k)[1] >= k and s.zero == "none"
+    names = '"X", "W", "S"' + (', "Z"' if s.zero != "none" else "")
+    x_mask = "" if even_k else ", mask=kk[None, :] < K, other=0.0"
+    body = [f"kk = k + h * {tiles.SUB} + tl.arange(0, {tiles.SUB})", f"x = tl.load(X + rm[:, None] * stride_xm + kk[None, :]{x_mask})"]
+    body.append(tiles.load_codes(s, even_k))
+    clamp = "tl.minimum(kk, K - 1)" if not even_k else "kk"  # addresses of scales stay inside a ragged last group
+    if after:
+        body.append(tiles.decode(s, "tl.float32" if s.zero == "point" else dot_dtype))
+        first = f"tl.minimum(k + h * {tiles.SUB}, K - 1)" if not even_k else f"k + h * {tiles.SUB}"
+        if s.zero == "point":
+            body.append(f"w = (w - tl.load({tiles.group_index(s, n, k, 'Z', first)}).to(tl.float32)[:, None]).to({dot_dtype})")
+        part = "tl.dot(x.to(DOT), tl.trans(w), out_dtype=tl.float32PRECISION)".replace("DOT", dot_dtype)
+        body.append(f"acc += {part}" if per_row else f"acc += {part} * tl.load({tiles.group_index(s, n, k, 'S', first)}).to(tl.float32)[None, :]")
+    else:
+        body += [f"kk = {clamp}", tiles.decode(s, "tl.float32"), f"scale = tl.load({tiles.group_index(s, n, k, 'S', 'kk')}).to(tl.float32)"]
+        zero = "" if s.zero == "none" else f"tl.load({tiles.group_index(s, n, k, 'Z', 'kk')}).to(tl.float32)"
+        body.append({"none": "w = w * scale", "point": f"w = (w - {zero}) * scale", "min": f"w = w * scale - {zero}"}[s.zero])
+        body.append(f"acc += tl.dot(x.to({dot_dtype}), tl.trans(w.to({dot_dtype})), out_dtype=tl.float32PRECISION)")
+    precision = ', input_precision="tf32x3"' if dot_dtype == "tl.float32" else ""
+    lines = [f"{{{{def_kernel({names})}}}}", tiles.HEADER.strip("\n")]
+    if s.zero != "none":
+        lines.append('    stride_Zn = {{stride("Z", 0)}}')
+    lines += ["    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)", "    for k in range(0, K, 128):", "        for h in tl.static_range(2):"]
+    lines.append(tiles.block("\n".join(body), 3).replace("PRECISION", precision))
+    if after and per_row:
+        lines.append(f"    acc = acc * tl.load({tiles.group_index(s, n, k, 'S', '0')}).to(tl.float32)[None, :]")
+    return "\n" + "\n".join(lines) + tiles.FOOTER
+
+
+def blocks(m: int | None, n: int) -> dict[str, int]:
+    """Tile sizes for M rows (None: dynamic)."""
+    rows = 64 if m is None else next((b for b in (16, 32, 64) if m <= b), 128)
+    wide = rows == 128
+    return {"BLOCK_M": rows, "BLOCK_N": 128 if wide else 64, "GROUP_M": 8, "num_warps": 8 if wide else 4, "num_stages": 3}
+
+
+def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
+    dot = compat.triton_dtype(c.dtype)
+    even = c.k % 128 == 0
+    name = compat.template_name("linear", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
+    return compat.lower_template(name, lambda: source(c.weight, c.n, c.k, even, dot), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.n)])
+
+
+OP = Op(
+    "linear",
+    "(Tensor x, Tensor[] weight, str scheme) -> Tensor",
+    reference,
+    fake,
+    case,
+    (Kernel("triton linear", "cuda", _gpu_supports, _gpu_lower),),
+    simplify,
+)

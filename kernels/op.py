@@ -1,0 +1,116 @@
+"""What an op is: a meaning in plain torch, a shape rule, and kernels in order of preference, each of which says what it supports.
+
+An op takes tensors and one printable string (a scheme, or ``input @ weight``), so that graphs print, cache and diff. Every op is
+ * eager: its reference, so that ``aot_eager`` and ``torch.export`` work and mean the same;
+ * under Inductor: the first kernel that supports the case. Where none does, the reference is traced in its place and compiled by Inductor (the report says why).
+N-dimensional activations are brought to two dimensions on the way in, at the ATen level, where ``passes/flatten`` can move the views.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+from qcompile.core.scheme import Scheme
+
+NAMESPACE = "qcompile"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides which kernel runs: device, dtype of the activations, schemes, and sizes (``m`` None where dynamic)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    weight: Scheme
+    input: Scheme | None
+    n: int
+    k: int
+    m: int | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run an op on one kind of device. ``supports`` returns a Skip, whose reason the report prints, or None; ``lower`` maps Inductor's IR to a kernel."""
+
+    name: str
+    device: str
+    supports: Callable[[Case], Skip | None]
+    lower: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op; see the module's docstring. ``case`` reads a Case off the op's arguments (tensors or IR nodes alike)."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    case: Callable[..., Case] | None = None
+    kernels: tuple[Kernel, ...] = ()
+    simplify: Callable[..., Any] | None = None
+    """A rewrite into simpler ops tried at trace time (N-D to 2-D, nested scales); returns NotImplemented where nothing is left to simplify."""
+    overload: Any = field(default=None, compare=False)
+
+    def choose(self, case: Case) -> tuple[Kernel | None, Skip | None]:
+        """The first kernel for the case, or None with the reason of the last refusal."""
+        reason: Skip | None = Skip(f"{self.name} has no kernel for {case.device.type}")
+        for kernel in self.kernels:
+            if kernel.device == case.device.type:
+                reason = kernel.supports(case)
+                if reason is None:
+                    return kernel, None
+        return None, reason
+
+    def decompose(self, *args: Any) -> Any:
+        """What AOTAutograd traces in the op's place; NotImplemented keeps the op for its lowering."""
+        if self.simplify is not None and (out := self.simplify(*args)) is not NotImplemented:
+            return out
+        if self.case is not None and self.choose(self.case(*args))[0] is not None:
+            return NotImplemented
+        return self.reference(*args)
+
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def target(name: str) -> Any:
+    """The callable op, ``torch.ops.qcompile.<name>.default``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def install(ops: Mapping[str, Op]) -> None:
+    """Define every op in torch's library and hand its lowering to Inductor."""
+    for op in ops.values():
+        _LIBRARY.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIBRARY)
+        if op.kernels:
+            compat.register_lowering(target(op.name), functools.partial(_lower, op))
+
+
+def decompositions(ops: Mapping[str, Op]) -> dict[Any, Callable[..., Any]]:
+    """The table that AOTAutograd gets beside Inductor's own."""
+    return {target(op.name): op.decompose for op in ops.values()}
+
+
+def _lower(op: Op, *args: Any) -> Any:
+    assert op.case is not None
+    case = op.case(*args)
+    kernel, reason = op.choose(case)
+    if kernel is None:  # decompose() keeps an op only where a kernel supports it
+        raise AssertionError(f"{op.name} reached Inductor without a kernel: {reason}")
+    return kernel.lower(case, *args)
+
+
+def two_dimensional(x: Tensor) -> Tensor:
+    """(..., K) as (M, K)."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,150 @@
+"""``scaled_linear(x, x_scale, weight, scheme)``: quantized activations times a quantized weight; ``y = dequantize(x) @ dequantize(weight).T`` in float32.
+
+``scheme`` reads ``input @ weight``, as in ``int8.row @ int4.g128``. Integer codes meet in an int8 dot product with exact int32 sums, FP8 codes in an FP8 one;
+scales multiply the sums. The store takes bias, activation, residual and the next layer's static quantization as an epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile import compat
+from qcompile.core.errors import OptionError, Skip
+from qcompile.core.formats import decode
+from qcompile.core.qtensor import QTensor, dequantize, tile, untile
+from qcompile.core.scheme import GROUPS, Scheme
+
+from . import tiles
+from .linear import blocks, flat_scales, unnested
+from .op import Case, Kernel, Op, target, two_dimensional
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def spell(x: Scheme, weight: Scheme) -> str:
+    """The op's string for an input and a weight scheme."""
+    return f"{x} @ {weight}"
+
+
+def parse(scheme: str) -> tuple[Scheme, Scheme]:
+    """(input, weight) of the op's string; OptionError where it does not read ``input @ weight``."""
+    x, at, weight = scheme.partition(" @ ")
+    if not at:
+        raise OptionError(f"scaled_linear takes 'input @ weight', such as 'int8.row @ int4.g128', not {scheme!r}")
+    return Scheme.parse(x), Scheme.parse(weight)
+
+
+def values(codes: Tensor, x_scale: Sequence[Tensor], s: Scheme) -> Tensor:
+    """Quantized activations (..., K) as float32."""
+    y = decode(codes, s.fmt)
+    scale, zero = x_scale[0], x_scale[1] if len(x_scale) > 1 else None
+    if s.group in GROUPS.values():
+        return (y if zero is None else y - zero) * scale
+    k = codes.shape[-1]
+    flat = tile(y.reshape(-1, k), s.extent(1, k))
+    by = scale.reshape(-1, scale.shape[-1])[:, None, :, None]
+    return untile((flat if zero is None else flat - zero.reshape(-1, zero.shape[-1])[:, None, :, None]) * by, flat.shape[0], k).reshape(codes.shape)
+
+
+def reference(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """(..., K) codes -> (..., N), float32; ``x_scale`` as ``quantize`` gives it, ``weight`` as ``QTensor.flatten`` does."""
+    sx, sw = parse(scheme)
+    return values(x, x_scale, sx) @ dequantize(QTensor.unflatten(weight, sw, x.shape[-1])).T
+
+
+def fake(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """Shape and dtype of ``reference``."""
+    return x.new_empty((*x.shape[:-1], weight[0].shape[-2]), dtype=torch.float32)
+
+
+def case(x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Case:
+    """The case of one call; tensors and IR nodes alike."""
+    sx, sw = parse(scheme)
+    shape = compat.sizes(x)
+    return Case(compat.device_of(x), x.dtype, sw, sx, int(compat.sizes(weight[0])[-2]), int(shape[-1]), compat.static_int(shape[0]))
+
+
+def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str) -> Any:
+    """N-D activations to 2-D; quantized weight scales to float32 scales."""
+    sx, sw = parse(scheme)
+    if x.dim() != 2:
+        scales = [two_dimensional(s) if s.dim() == x.dim() else s for s in x_scale]
+        return target("scaled_linear")(two_dimensional(x), scales, list(weight), scheme).reshape(*x.shape[:-1], weight[0].shape[-2])
+    if sw.scale is not None:
+        return target("scaled_linear")(x, list(x_scale), flat_scales(weight, sw, x.shape[-1]), spell(sx, unnested(sw)))
+    return NotImplemented
+
+
+def _gpu_supports(c: Case) -> Skip | None:
+    assert c.input is not None
+    x, w = c.input, c.weight
+    if x.zero != "none":
+        return Skip(f"activations with a zero point ({x}) have no kernel")
+    if w.zero == "min":
+        return Skip(f"weights with float minima ({w}) have no kernel for quantized activations")
+    if not tiles.whole_subtiles(w, c.k) or not tiles.whole_subtiles(x, c.k):
+        return Skip(f"groups must be multiples of {tiles.SUB} columns, found {x} and {w}")
+    if x.fmt.native in FP8 and w.fmt.native in FP8:
+        if compat.capability(c.device) < (8, 9):
+            return Skip(f"FP8 matmul needs compute capability 8.9, this device has {compat.capability(c.device)}")
+        return None
+    if x.fmt.name == "int8" and w.fmt.kind == "int" and (w.fmt.signed or w.fmt.bits < 8) and not (w.zero == "point" and w.fmt.bits == 8):
+        return None
+    return Skip(f"no tensor-core product of {x.fmt} and {w.fmt}")
+
+
+def source(x: Scheme, w: Scheme, n: int, k: int, even_k: bool) -> str:
+    """The Triton template: int32 or float32 sums; group scales applied to each sub-tile, whole-row scales once at the end."""
+    integer = x.fmt.kind == "int"
+    by_group = w.extent(n, k)[1] < k or x.extent(1, k)[1] < k
+    names = '"X", "W", "S"' + (', "Z"' if w.zero != "none" else "") + ', "SX"'
+    mask = "" if even_k else ", mask=kk[None, :] < K, other=0"
+    first = f"k + h * {tiles.SUB}" if even_k else f"tl.minimum(k + h * {tiles.SUB}, K - 1)"
+    body = [f"kk = k + h * {tiles.SUB} + tl.arange(0, {tiles.SUB})", f"x = tl.load(X + rm[:, None] * stride_xm + kk[None, :]{mask})", tiles.load_codes(w, even_k)]
+    body.append(tiles.decode(w, "tl.int8") if integer else "w = code")
+    if w.zero == "point":
+        body.append(f"w = (w - tl.load({tiles.group_index(w, n, k, 'Z', first)}).to(tl.int8)[:, None]).to(tl.int8)")
+    out = "tl.int32" if integer else "tl.float32"
+    if by_group:
+        body.append(f"part = tl.dot(x, tl.trans(w), out_dtype={out}).to(tl.float32) * tl.load({tiles.group_index(w, n, k, 'S', first)}).to(tl.float32)[None, :]")
+        if x.extent(1, k)[1] < k:
+            body.append(f"part = part * tl.load(SX + rm * stride_SXn + ({first}) // {x.extent(1, k)[1]})[:, None]")
+        body.append("acc += part")
+    else:
+        body.append(f"acc = tl.dot(x, tl.trans(w), acc, out_dtype={out})")
+    lines = [f"{{{{def_kernel({names})}}}}", tiles.HEADER.strip("\n")]
+    if w.zero != "none":
+        lines.append('    stride_Zn = {{stride("Z", 0)}}')
+    if x.group != GROUPS["tensor"]:
+        lines.append('    stride_SXn = {{stride("SX", 0)}}')
+    lines += [f"    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype={'tl.float32' if by_group else out})", "    for k in range(0, K, 128):", "        for h in tl.static_range(2):"]
+    lines.append(tiles.block("\n".join(body), 3))
+    if not by_group:
+        lines.append(f"    acc = acc.to(tl.float32) * tl.load({tiles.group_index(w, n, k, 'S', '0')}).to(tl.float32)[None, :]")
+    if x.group == GROUPS["tensor"]:
+        lines.append("    acc = acc * tl.load(SX)")
+    elif x.extent(1, k)[1] >= k:
+        lines.append("    acc = acc * tl.load(SX + rm * stride_SXn)[:, None]")
+    return "\n" + "\n".join(lines) + tiles.FOOTER
+
+
+def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:
+    assert c.input is not None
+    sx, sw, even = c.input, c.weight, c.k % 128 == 0
+    name = compat.template_name("scaled_linear", scheme, c.n if sw.group[0] != 1 else 0, c.k)
+    return compat.lower_template(name, lambda: source(sx, sw, c.n, c.k, even), [x, *weight, x_scale[0]], (compat.sizes(x)[0], c.n), [blocks(c.m, c.n)])
+
+
+OP = Op(
+    "scaled_linear",
+    "(Tensor x, Tensor[] x_scale, Tensor[] weight, str scheme) -> Tensor",
+    reference,
+    fake,
+    case,
+    (Kernel("triton scaled_linear", "cuda", _gpu_supports, _gpu_lower),),
+    simplify,
+)

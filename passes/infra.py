@@ -1,0 +1,161 @@
+"""A pass is a named function GraphModule -> GraphModule; a pipeline is a list that prints.
+
+Each pass gets a private clone, may edit it, and returns it; the runner lints and recompiles. What a pass knows or decides rides on the graph:
+``node.meta["site"]`` names a linear, ``gm.meta["sites"]``, ``gm.meta["plan"]`` and ``gm.meta["skipped"]`` are dictionaries replaced, never edited in place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile import compat
+from qcompile.core.errors import PassError, QcompileError, unknown
+
+log = logging.getLogger("qcompile.passes")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """``fn(gm, context) -> gm``. ``after`` names passes that must have run: checked, never solved; the recipe's list is the order."""
+
+    name: str
+    fn: Callable[[fx.GraphModule, Any], fx.GraphModule]
+    after: tuple[str, ...] = ()
+
+    def __call__(self, gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+        out = self.fn(clone(gm), context)
+        out.graph.lint()
+        out.recompile()
+        return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: its number, name, the graph's text before and after, seconds, and a line of its own."""
+
+    index: int
+    name: str
+    before: str
+    after: str
+    seconds: float
+    note: str = ""
+
+    @property
+    def changed(self) -> int:
+        """Lines of text that differ."""
+        return sum(line[0] in "+-" for line in self.diff().splitlines())
+
+    def diff(self) -> str:
+        """Unified diff of the two texts, without headers."""
+        lines = difflib.unified_diff(self.before.splitlines(), self.after.splitlines(), lineterm="", n=0)
+        return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+    def __str__(self) -> str:
+        return f"{self.index:02d} {self.name:<12} {self.changed:4d} lines changed  {self.seconds * 1e3:8.1f} ms  {self.note}".rstrip()
+
+
+def graph_pass(*, after: tuple[str, ...] = ()) -> Callable[[Callable[[fx.GraphModule, Any], fx.GraphModule]], Pass]:
+    """Make a function a Pass of the same name."""
+    return lambda fn: Pass(fn.__name__, fn, after)
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares tensors and owns its nodes."""
+    return compat.copy_graph(gm)
+
+
+def run(passes: Sequence[Pass], gm: fx.GraphModule, context: Any = None, steps: list[Step] | None = None) -> fx.GraphModule:
+    """Run the passes in order; a Step for each is appended to ``steps``. An unexpected failure becomes a PassError that names the pass and what ran before."""
+    steps = [] if steps is None else steps
+    for p in passes:
+        done = [step.name for step in steps]
+        if missing := [name for name in p.after if name not in done]:
+            raise PassError(f"pass {p.name!r} must run after {', '.join(missing)}; before it ran: {', '.join(done) or 'nothing'}")
+        start, before = time.perf_counter(), text(gm)
+        try:
+            gm = p(gm, context)
+        except QcompileError:
+            raise
+        except Exception as error:
+            raise PassError(f"pass {p.name!r} failed after {', '.join(done) or 'nothing'}: {type(error).__name__}: {error}") from error
+        step = Step(len(steps), p.name, before, text(gm), time.perf_counter() - start, gm.meta.get("note", ""))
+        gm.meta["note"] = ""
+        steps.append(step)
+        log.info("%s", step)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("after %s:\n%s", p.name, step.after)
+        compat.trace_artifact(f"qcompile_{step.index:02d}_{step.name}", step.after)
+    return gm
+
+
+def find(name: str, passes: dict[str, Pass]) -> Pass:
+    """A pass by its name; OptionError with the list."""
+    if name not in passes:
+        raise unknown("pass", name, passes)
+    return passes[name]
+
+
+def text(gm: fx.GraphModule) -> str:
+    """The graph, one line for each node: the form that dumps, diffs and expected files use, stable across versions of torch.
+
+    Parameters print as their names in the model; sites carry their decision as a comment.
+    """
+    sites, plan = gm.meta.get("sites", {}), gm.meta.get("plan", {})
+    names: dict[fx.Node, str] = {}
+    lines = []
+    inputs = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = "%" + node.meta["param"].path if "param" in node.meta else node.name
+            if "param" not in node.meta:
+                inputs.append(f"{node.name}{_type(node)}")
+        elif node.op == "output":
+            lines.append(f"return {_show(node.args[0], names)}")
+        else:
+            names[node] = node.name
+            site = node.meta.get("site")
+            note = f"  # {site}: {plan[site]}" if site in plan else f"  # {site} {sites[site].role}" if site in sites else ""
+            args = [_show(a, names) for a in node.args] + [f"{k}={_show(v, names)}" for k, v in node.kwargs.items()]
+            if node.op == "call_method":
+                call = f"{args[0]}.{node.target}({', '.join(args[1:])})"
+            elif node.op == "get_attr":
+                call = f"self.{node.target}"
+            else:
+                call = f"{target_name(node.target)}({', '.join(args)})"
+            lines.append(f"{node.name} = {call}{note}")
+    return "\n".join([f"inputs: {', '.join(inputs)}", *lines])
+
+
+def target_name(target: Any) -> str:
+    """A short name for what a node calls."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return str(getattr(target, "__name__", target)) if not isinstance(target, str) else target
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f": {str(value.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in value.shape)}]"
+
+
+def _show(arg: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(arg, fx.Node):
+        return names.get(arg, arg.name)
+    if isinstance(arg, (list, tuple)):
+        inner = ", ".join(_show(a, names) for a in arg)
+        return f"[{inner}]" if isinstance(arg, list) else f"({inner}{',' if len(arg) == 1 else ''})"
+    if isinstance(arg, slice):
+        return ":".join("" if part is None else _show(part, names) for part in (arg.start, arg.stop)) + (f":{arg.step}" if arg.step is not None else "")
+    if isinstance(arg, torch.dtype):
+        return str(arg).removeprefix("torch.")
+    return repr(arg)

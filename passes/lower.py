@@ -1,0 +1,151 @@
+"""Put quantized ops in the place of linears. Weights come in as inputs: each op's tensors are placeholders behind Dynamo's own, filled on every call from the weight table.
+
+A linear ``y = linear(x, w, b)`` of dtype T becomes ``quantize`` (once for all readers of x), ``scaled_linear`` or ``linear`` in float32, ``+ b`` and a cast to T: all that follows
+the product is plain torch, which Inductor fuses into the product's store.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+from qcompile.core.recipe import Choice
+from qcompile.core.scheme import Scheme
+from qcompile.kernels import OPS
+from qcompile.kernels.op import Case, target
+from qcompile.kernels.scaled_linear import spell
+
+from .infra import graph_pass
+from .normalize import CASTS
+from .sites import Site, example
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry of the weight table that a compiled graph reads on each call: a packed weight, or (``what="range"``) the static scale of a site's input."""
+
+    what: str
+    arg: int
+    view: str
+    scheme: Scheme
+    site: str
+    path: str
+
+
+@graph_pass(after=("match",))
+def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+    """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip)."""
+    builder = _Builder(gm, context)
+    for node in list(gm.graph.nodes):
+        choice = gm.meta["plan"].get(node.meta.get("site", ""))
+        if isinstance(choice, Choice):
+            builder.rewrite(node, gm.meta["sites"][node.meta["site"]], choice)
+    _erase_unused_views(gm.graph)
+    gm.meta["slots"] = builder.slots
+    gm.meta["kernels"] = builder.kernels
+    gm.meta["note"] = f"{len(builder.kernels)} linears lowered, {sum(isinstance(k, Skip) for k in builder.kernels.values())} without a kernel"
+    return gm
+
+
+class _Builder:
+    """The state of one lowering: placeholders made so far, quantized inputs made so far."""
+
+    def __init__(self, gm: fx.GraphModule, context: Any) -> None:
+        self.gm, self.context = gm, context
+        self.slots: list[Slot] = []
+        self.kernels: dict[str, str | Skip] = {}
+        self._inputs: dict[tuple[int, str, str], list[fx.Node]] = {}
+        self._quantized: dict[tuple[fx.Node, str, str], list[fx.Node]] = {}
+
+    def rewrite(self, node: fx.Node, site: Site, choice: Choice) -> None:
+        graph = self.gm.graph
+        x, _, bias = (*node.args, None)[:3]
+        weight = self._placeholders(Slot("weight", site.param.index, site.view, choice.weight, site.name, site.path))
+        self.kernels[site.name] = kernel_for(site, choice, example(node))
+        with graph.inserting_before(node):
+            x = self._cast(graph, x, node)
+            if choice.input is None:
+                y = graph.call_function(target("linear"), (x, weight, str(choice.weight)))
+            else:
+                codes, *scale = self._quantize(graph, x, site, choice.input)
+                y = graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
+            y.meta = {**node.meta}
+            out = graph.call_function(torch.add, (y, bias)) if bias is not None else y
+            dtype = example(node).dtype
+            if dtype != torch.float32:
+                out = graph.call_method("to", (out, dtype))
+        out.meta = {**node.meta} if out is not y else y.meta
+        if out is not y:
+            y.meta.pop("example_value", None)
+            out.meta.pop("site", None)
+        name = node.name
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+        out.name = name
+
+    def _cast(self, graph: fx.Graph, x: fx.Node, node: fx.Node) -> fx.Node:
+        """Under autocast a linear reads its input in another dtype than it gets; here that cast is written out."""
+        given, wanted = example(x), example(node).dtype
+        if given is None or given.dtype == wanted or not given.dtype.is_floating_point:
+            return x
+        cast = graph.call_method("to", (x, wanted))
+        cast.meta["example_value"] = given.to(wanted)
+        return cast
+
+    def _quantize(self, graph: fx.Graph, x: fx.Node, site: Site, scheme: Scheme) -> list[fx.Node]:
+        static: list[fx.Node] = []
+        if scheme.static:  # kin read the same values: the first of them lends its range to all
+            first = next(s for s in self.gm.meta["sites"].values() if s.name == site.name or (s.name in site.kin and _input_scheme(self.gm, s) == scheme))
+            static = self._placeholders(Slot("range", first.param.index, first.view, scheme, first.name, first.path))
+        made = self._quantized.get((x, str(scheme), static[0].name if static else ""))
+        if made is not None:
+            return made
+        node = graph.call_function(target("quantize"), (x, static, str(scheme)))
+        parts = [graph.call_function(operator.getitem, (node, 0))]
+        if static:
+            parts += static
+        else:
+            parts += [graph.call_function(operator.getitem, (node, 1 + i)) for i in range(1 if scheme.zero == "none" else 2)]
+        self._quantized[x, str(scheme), static[0].name if static else ""] = parts
+        return parts
+
+    def _placeholders(self, slot: Slot) -> list[fx.Node]:
+        key = (slot.arg, slot.view, f"{slot.what} {slot.scheme} {slot.site if slot.what == 'range' else ''}")
+        if key not in self._inputs:
+            tensors: Sequence[Tensor] = self.context.tensors(slot)
+            like = next(p for p in self.gm.graph.find_nodes(op="placeholder") if "param" in p.meta and p.meta["param"].index == slot.arg)
+            parts = ["codes", "scale", "zero", "more"] if slot.what == "weight" else ["range", "zero"]
+            made = []
+            for i, tensor in enumerate(tensors):
+                made.append(compat.add_static_input(self.gm, f"{like.name}_{parts[min(i, len(parts) - 1)]}", tensor, self.context.fake_mode, like))
+                made[-1].meta["packed"] = slot
+            self._inputs[key] = made
+            self.slots.append(slot)
+        return self._inputs[key]
+
+
+def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
+    """The kernel that Inductor will use, by the same rule that the op applies when it is traced."""
+    op = OPS["linear"] if choice.input is None else OPS["scaled_linear"]
+    dtype = value.dtype if choice.input is None else choice.input.fmt.dtype
+    kernel, reason = op.choose(Case(value.device, dtype, choice.weight, choice.input, site.n, site.k, site.m))
+    return kernel.name if kernel is not None else (reason or Skip("no kernel"))
+
+
+def _input_scheme(gm: fx.GraphModule, site: Site) -> Scheme | None:
+    choice = gm.meta["plan"][site.name]
+    return choice.input if isinstance(choice, Choice) else None
+
+
+def _erase_unused_views(graph: fx.Graph) -> None:
+    """Transposes and casts of weights that nothing reads any more. Not ``eliminate_dead_code``: on a torch-level graph that would drop in-place calls whose result is unused."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_method" and not node.users and node.target in CASTS | {"t", "flatten"} and node.all_input_nodes[0].op in ("placeholder", "call_method"):
+            graph.erase_node(node)

@@ -1,0 +1,66 @@
+"""Give every site a scheme, or keep it in 16 bits with a reason. First rule that matches wins; rules that matched nothing are reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from qcompile.core.errors import Skip
+from qcompile.core.recipe import KEEP, Choice, Recipe
+from qcompile.core.scheme import Scheme
+
+from .infra import graph_pass
+from .sites import Site
+
+SMALLEST = 16
+"""Linears with fewer rows or columns keep 16 bits: nothing to gain, and tensor cores take no less."""
+
+Plan = dict[str, "Choice | Skip"]
+
+
+@graph_pass(after=("find_sites",))
+def match(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+    """Fill ``gm.meta["plan"]`` (site name -> Choice or Skip) from ``context.recipe``; ``gm.meta["unused_rules"]`` lists rules that no site matched."""
+    recipe: Recipe = context.recipe
+    used: set[int] = set()
+    plan: Plan = {}
+    for site in gm.meta["sites"].values():
+        plan[site.name] = decide(site, recipe, used)
+    gm.meta["plan"] = plan
+    gm.meta["unused_rules"] = [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]
+    gm.meta["note"] = f"{sum(isinstance(c, Choice) for c in plan.values())} of {len(plan)} linears get a scheme"
+    return gm
+
+
+def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice | Skip:
+    """What one site gets; indices of the rules that matched are added to ``used``."""
+    for i, rule in enumerate(recipe.rules):
+        if rule.matches(site.path, site.param.kind) or rule.matches(site.name):
+            if used is not None:
+                used.add(i)
+            if rule.weight is None:
+                return Skip(f"rule {rule.pattern!r} keeps 16 bits")
+            return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}")
+    if site.role == "head":
+        if recipe.head in (None, KEEP):
+            return Skip("the head keeps 16 bits unless `head` names a scheme")
+        return _choice(str(recipe.head), None, "head")
+    if site.role == "router":
+        return Skip("a router keeps 16 bits: its output chooses experts")
+    if min(site.n, site.k) < SMALLEST:
+        return Skip(f"{site.n} x {site.k} is smaller than {SMALLEST}")
+    if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
+        return Skip(f"the weight is {site.dtype}, already quantized")
+    if recipe.weight == KEEP:
+        return Skip(f"recipe {recipe.name} keeps 16 bits")
+    return _choice(recipe.weight, recipe.input, recipe.name)
+
+
+def _choice(weight: str, x: str | None, why: str) -> Choice:
+    return Choice(Scheme.parse(weight), Scheme.parse(x) if x else None, why)
+
+
+def signature(gm: fx.GraphModule) -> tuple[str, ...]:
+    """What a compiled graph depends on of its plan: the decision of each site, in order."""
+    return tuple(str(gm.meta["plan"][name]) for name in gm.meta["sites"])

@@ -1,0 +1,199 @@
+"""Every spelling of a linear becomes one: ``torch.nn.functional.linear(x, weight, bias)`` with ``weight`` a parameter or its transpose.
+
+Each rule is pattern, check, rewrite; a check that refuses gives its reason, which the report prints. Spellings met in transformers: ``linear``, ``addmm`` (GPT-2's Conv1D, weight K x N),
+``matmul``/``mm``/``@`` with a parameter, and convolutions with a kernel of one.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from qcompile.core.errors import Skip
+
+from .infra import graph_pass
+from .sites import LeftAlone, example
+
+LINEAR = F.linear
+MATMULS = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"}
+CONVOLUTIONS = {torch.conv1d, torch.conv2d, F.conv1d, F.conv2d}
+OTHERS = {torch.bmm, torch.baddbmm, torch.einsum, torch.addbmm, "bmm", "baddbmm", torch.conv3d, F.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, F.bilinear}
+CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}
+
+
+@graph_pass()
+def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+    """Rewrite what can be; list the other matrix products with parameters in ``gm.meta["skipped"]``."""
+    skipped: list[LeftAlone] = list(gm.meta.get("skipped", []))
+    for node in list(gm.graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        rule = next((rule for match, rule in RULES if match(node)), None)
+        if rule is None:
+            continue
+        refusal = rule(gm.graph, node)
+        if isinstance(refusal, Skip):
+            skipped += [_left_alone(p, str(refusal)) for p in _parameters(node)]
+    gm.meta["skipped"] = skipped
+    return gm
+
+
+def parameter_of(node: Any) -> tuple[fx.Node, bool] | Skip:
+    """Follow casts and transposes back to a parameter: (placeholder, transposed), or why there is none."""
+    transposed = False
+    start = node
+    while isinstance(node, fx.Node):
+        if node.op == "placeholder":
+            return (node, transposed) if "param" in node.meta else Skip("the second factor is not a parameter")
+        if node.target in CASTS or (node.target is getattr and node.args[1] in ("data",)):
+            node = node.args[0]
+        elif _is_transpose(node):
+            node, transposed = node.args[0], not transposed
+        else:
+            break
+    return Skip(f"the weight is computed in the graph ({getattr(start, 'target', start)})")
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    if node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT")):
+        value = example(node.args[0])
+        return value is not None and (value.dim() == 2 or node.args[1:] == ("mT",))
+    value = example(node.args[0]) if node.args else None
+    if value is None or not isinstance(value, torch.Tensor):
+        return False
+    if node.target in ("transpose", torch.transpose, "swapaxes"):
+        return sorted(int(d) % value.dim() for d in node.args[1:3]) == [value.dim() - 2, value.dim() - 1]
+    if node.target in ("permute", torch.permute):
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return value.dim() == 2 and [int(d) % 2 for d in order] == [1, 0]
+    return False
+
+
+def _linear(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
+    found = parameter_of(weight)
+    if isinstance(found, Skip):
+        return found
+    _replace(graph, node, x, found[0], found[1], bias)
+    return None
+
+
+def _addmm(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    bias, x, weight = _arguments(node, ("input", "mat1", "mat2"))
+    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        return Skip("addmm with beta or alpha other than 1")
+    found = parameter_of(weight)
+    if isinstance(found, Skip):
+        return found
+    value = example(bias)
+    if value is None or value.dim() != 1:
+        return Skip("addmm whose first argument is not a bias vector")
+    _replace(graph, node, x, found[0], not found[1], bias)
+    return None
+
+
+def _matmul(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    x, weight = _arguments(node, ("input", "other"))
+    found = parameter_of(weight)
+    if isinstance(found, Skip):
+        left = parameter_of(x)
+        return found if isinstance(left, Skip) and not _parameters(node) else Skip("the parameter is the first factor of the product")
+    value = example(found[0])
+    if value is None or value.dim() != 2:
+        return Skip(f"a product with a parameter of shape {tuple(value.shape) if value is not None else '?'}")
+    _replace(graph, node, x, found[0], not found[1], None)
+    return None
+
+
+def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    x, weight, bias, stride, padding, dilation, groups = _arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+    value, xv = example(weight), example(x)
+    if value is None or not isinstance(weight, fx.Node) or "param" not in weight.meta or xv is None:
+        return Skip("a convolution whose weight is computed in the graph")
+    kernel = tuple(int(s) for s in value.shape[2:])
+    if any(size != 1 for size in kernel):
+        return Skip(f"a convolution with a kernel of {'x'.join(map(str, kernel))}")
+
+    def trivial(arg: Any, default: int) -> bool:
+        return arg is None or arg == "valid" or all(v == default for v in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+
+    if not (trivial(stride, 1) and trivial(padding, 0) and trivial(dilation, 1) and groups in (None, 1)):
+        return Skip("a convolution with stride, padding, dilation or groups")
+    if xv.dim() != len(kernel) + 2:
+        return Skip("a convolution without a batch axis")
+    with graph.inserting_before(node):
+        moved = graph.call_method("movedim", (x, 1, -1))
+        moved.meta["example_value"] = xv.movedim(1, -1)
+        flat = graph.call_method("flatten", (weight, 1))
+        flat.meta["example_value"] = value.flatten(1)
+        flat.meta["flat"] = True
+        y = graph.call_function(LINEAR, (moved, flat, bias))
+        out = graph.call_method("movedim", (y, -1, 1))
+    y.meta = {**node.meta, "example_value": node.meta["example_value"].movedim(1, -1)}
+    _substitute(graph, node, out)
+    return None
+
+
+def _other(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    return Skip(f"{getattr(node.target, '__name__', node.target)} is no linear layer") if _parameters(node) else None
+
+
+RULES = (
+    (lambda n: n.target is LINEAR, _linear),
+    (lambda n: n.target in (torch.addmm, "addmm"), _addmm),
+    (lambda n: n.target in MATMULS, _matmul),
+    (lambda n: n.target in CONVOLUTIONS, _convolution),
+    (lambda n: n.target in OTHERS, _other),
+)
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> list[Any]:
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _replace(graph: fx.Graph, node: fx.Node, x: Any, parameter: fx.Node, transposed: bool, bias: Any) -> None:
+    weight = parameter
+    with graph.inserting_before(node):
+        if transposed:
+            weight = graph.call_method("t", (parameter,))
+            weight.meta["example_value"] = parameter.meta["example_value"].t()
+        if node.target is LINEAR and node.args == (x, weight, bias):
+            return
+        y = graph.call_function(LINEAR, (x, weight, bias))
+    y.meta = dict(node.meta)
+    _substitute(graph, node, y)
+
+
+def _substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """The new node takes the old one's place, metadata and name, so that texts differ in one line."""
+    name = old.name
+    new.meta = new.meta or dict(old.meta)
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    new.name = name
+
+
+def _parameters(node: fx.Node) -> list[fx.Node]:
+    """Parameters of at least two dimensions among a node's inputs, seen through casts, transposes and simple views."""
+    out = []
+    for source in node.all_input_nodes:
+        for _ in range(8):
+            if source.op == "placeholder" or not source.all_input_nodes or source.op == "call_module":
+                break
+            if source.op == "call_method" or _is_transpose(source) or source.target in (getattr, operator.getitem):
+                source = source.all_input_nodes[0]
+            else:
+                break
+        value = example(source)
+        if source.op == "placeholder" and "param" in source.meta and value is not None and value.dim() >= 2:
+            out.append(source)
+    return out
+
+
+def _left_alone(parameter: fx.Node, reason: str) -> LeftAlone:
+    value = example(parameter)
+    return LeftAlone(parameter.meta["param"].path, tuple(value.shape), value.numel() * value.dtype.itemsize, reason)

@@ -1,0 +1,50 @@
+"""Take the statistics that static input schemes need, on real inputs: run the graph as it is and look at what each site reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile import compat
+from qcompile.core.recipe import Choice
+
+from .infra import graph_pass
+from .sites import Site
+
+
+@graph_pass(after=("match",))
+def observe(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+    """Ask ``context.calibrate`` for the statistics that are missing; a graph without static inputs passes as it is."""
+    if needs := static_sites(gm):
+        gm.meta["note"] = context.calibrate(gm, needs)
+    return gm
+
+
+def static_sites(gm: fx.GraphModule) -> list[Site]:
+    """Sites whose input range is fixed by calibration."""
+    return [gm.meta["sites"][name] for name, choice in gm.meta["plan"].items() if isinstance(choice, Choice) and choice.input is not None and choice.input.static]
+
+
+class Observer(fx.Interpreter):
+    """Interprets a captured graph and hands the input of every named site to ``see(site name, x)``."""
+
+    def __init__(self, gm: fx.GraphModule, names: set[str], see: Callable[[str, Tensor], None]) -> None:
+        super().__init__(gm)
+        self._names, self._see = names, see
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.meta.get("site") in self._names and isinstance(n.args[0], fx.Node):
+            self._see(n.meta["site"], self.env[n.args[0]])
+        return super().run_node(n)
+
+
+def run_observed(gm: fx.GraphModule, args: Sequence[Any], names: set[str], see: Callable[[str, Tensor], None]) -> None:
+    """Interpret ``gm`` once on real ``args``. What the graph writes to (caches, buffers) is cloned first and the random state restored: the model is as before."""
+    devices = sorted({a.device.index or 0 for a in args if isinstance(a, Tensor) and a.is_cuda})
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    private = [a.clone() if isinstance(a, Tensor) and "param" not in p.meta else a for p, a in zip(placeholders, args)]
+    with compat.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        Observer(gm, names, see).run(*private)

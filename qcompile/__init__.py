@@ -1,0 +1,9 @@
+"""qcompile: a ``torch.compile`` backend that makes models small and fast by quantizing them."""
+
+from qcompile import kernels as kernels
+from qcompile.core.errors import OptionError, QcompileError, QcompileWarning, StrictError, WeightError
+from qcompile.core.recipe import RECIPES, Recipe, Rule
+from qcompile.core.scheme import Scheme
+
+__version__ = "0.1.0"
+__all__ = ["RECIPES", "OptionError", "QcompileError", "QcompileWarning", "Recipe", "Rule", "Scheme", "StrictError", "WeightError"]

@@ -1,0 +1,353 @@
+"""The ``torch.compile`` backend: capture, passes, Inductor, and the callable that Dynamo keeps.
+
+A compiled graph takes Dynamo's arguments less the 16-bit weights that it no longer reads, plus the packed tensors that stand for them. Several instances of one class share one compiled
+graph: for parameters that it has not seen, it looks up their names, decides their schemes again, and serves them only if the decisions equal its own; else it compiles a variant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import qcompile
+from qcompile import compat
+from qcompile.capture import capture
+from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
+from qcompile.core.ranges import scale_of
+from qcompile.core.recipe import Choice
+from qcompile.kernels import OPS
+from qcompile.kernels.op import decompositions
+from qcompile.options import Options
+from qcompile.passes import PASSES
+from qcompile.passes.flatten import flatten
+from qcompile.passes.infra import Step, run, text
+from qcompile.passes.lower import Slot
+from qcompile.passes.match import decide, signature
+from qcompile.passes.observe import run_observed
+from qcompile.passes.sites import Site, view
+from qcompile.weights import TABLE, Binding, owners
+
+log = logging.getLogger("qcompile.backend")
+
+PIPELINE = ("normalize", "find_sites", "match", "observe")
+
+
+def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
+    """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
+    opts = Options.parse(options, mode)
+    if _training(example_inputs):
+        _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
+        return compat.inductor(gm, example_inputs, opts.inductor)
+    return CompiledGraph(gm, example_inputs, opts)
+
+
+class CompiledGraph:
+    """One captured graph under one plan. Callable with Dynamo's arguments."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, captured: fx.GraphModule | None = None) -> None:
+        self.options = options
+        self.steps: list[Step] = []
+        self.kernel_count = 0
+        self.notes: list[str] = []
+        self.captured = captured if captured is not None else capture(gm, inputs, options.root)
+        self._lock = threading.RLock()
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._variants: dict[tuple[Any, ...], CompiledGraph] = {}
+        self._served: dict[tuple[int, ...], CompiledGraph] = {}
+        self._build(inputs)
+        for observer in _OBSERVERS:
+            observer.add(self)
+
+    # --- building ----------------------------------------------------------------------------------------------------
+
+    def _build(self, inputs: Sequence[Any]) -> None:
+        context = _Context(self.options, inputs, self)
+        before = [PASSES[name] for name in (*PIPELINE, *self.options.passes)]
+        planned = run(before, self.captured, context, self.steps)
+        self.planned = planned
+        self.sites: dict[str, Site] = planned.meta["sites"]
+        self.plan = planned.meta["plan"]
+        self.signature = signature(planned)
+        self._check(planned)
+        lowered = run([PASSES["lower"]], planned, context, self.steps)
+        self.kernels: dict[str, str | Skip] = lowered.meta["kernels"]
+        self.slots: list[Slot] = lowered.meta["slots"]
+        self._report_refusals()
+        kept = self._drop_unread_weights(lowered)
+        self.lowered = lowered
+        self._kept = kept
+        self._weights = sorted({slot.arg for slot in self.slots})
+        parameters = [inputs[i] for i in self._weights]
+        self._bind(parameters, inputs)
+        packed = self._bindings[tuple(map(id, parameters))].tensors
+        if self.options.release:
+            self._release(inputs)
+        if self.options.dump:
+            self._dump(self.options.dump)
+        self._inner = self._compile(lowered, [*(inputs[i] for i in kept), *packed])
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.options.lower == "eager":
+            return _Eager(gm)
+        problem = compat.has_cpp_compiler() if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in inputs) else None
+        if problem is not None:
+            self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
+            return _Eager(gm)
+        patches = {**self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
+        start = compat.kernel_count()
+        compiled = compat.inductor(gm, inputs, patches, decompositions(OPS))
+        self.kernel_count = compat.kernel_count() - start
+        return compiled
+
+    def _drop_unread_weights(self, gm: fx.GraphModule) -> list[int]:
+        """Erase placeholders of weights that nothing reads any more; returns the positions of Dynamo's arguments that stay."""
+        kept = []
+        replaced = {slot.arg for slot in self.slots}
+        own = [n for n in gm.graph.find_nodes(op="placeholder") if "packed" not in n.meta]
+        for i, node in enumerate(own):
+            if i in replaced and not node.users:
+                gm.graph.erase_node(node)
+            else:
+                kept.append(i)
+        self.still_read = replaced & set(kept)
+        gm.recompile()
+        return kept
+
+    def _check(self, gm: fx.GraphModule) -> None:
+        if unused := gm.meta["unused_rules"]:
+            names = ", ".join(sorted(site.path for site in self.sites.values())[:8]) or "none"
+            _warn_once(("rules", tuple(unused), names), f"qcompile: rules that matched no linear of this graph: {', '.join(map(repr, unused))}. Linears here: {names}, ...")
+        self.notes += [f"rule {rule!r} matched nothing" for rule in unused]
+
+    def _report_refusals(self) -> None:
+        reasons = {str(k) for k in self.kernels.values() if isinstance(k, Skip)}
+        for reason in sorted(reasons):
+            self._refuse(f"{sum(str(k) == reason for k in self.kernels.values())} linears are emulated by dequantize + matmul: {reason}")
+
+    def _refuse(self, message: str) -> None:
+        self.notes.append(message)
+        if self.options.strict:
+            raise StrictError(message)
+        _warn_once(("refusal", message), f"qcompile: {message}")
+
+    # --- calibration ---------------------------------------------------------------------------------------------------
+
+    def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site], inputs: Sequence[Any]) -> str:
+        """Ranges of the inputs of ``sites`` from one real call, for parameters that have none yet. Returns a line for the report."""
+        missing = [s for s in sites if _range_key(s) not in TABLE.record(inputs[s.param.index], s.path).ranges]
+        if not missing:
+            return "ranges known from an earlier call"
+        seen: dict[str, Tensor] = {}
+        tokens = 0
+
+        def see(name: str, x: Tensor) -> None:
+            nonlocal tokens
+            peak = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+            seen[name] = torch.maximum(seen[name], peak) if name in seen else peak
+            tokens = max(tokens, x.numel() // max(x.shape[-1], 1))
+
+        run_observed(gm, [_concrete(a) for a in inputs], {s.name for s in missing}, see)
+        for site in missing:
+            peak = seen[site.name]
+            if not bool(torch.isfinite(peak)):
+                raise WeightError(f"the input of {site.name} has values that are NaN or infinite in the calibrating call; its range cannot be fixed")
+            TABLE.record(inputs[site.param.index], site.path).ranges[_range_key(site)] = peak
+        message = f"calibrated {len(missing)} input ranges on the first call, which had {tokens} tokens"
+        _warn_once(("calibrated", id(self)), f"qcompile: {message}. For better ranges call the model first with data that is typical.")
+        return message
+
+    # --- running -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        parameters = [args[i] for i in self._weights]
+        key = tuple(map(id, parameters))
+        binding = self._bindings.get(key)
+        if binding is None:
+            variant = self._served.get(key) or self._bind(parameters, args)
+            if variant is not self:
+                return variant(*args)
+            binding = self._bindings[key]
+        if _COLLECTORS:
+            for collect in _COLLECTORS:
+                collect(self, args)
+        return self._inner(*[args[i] for i in self._kept], *binding.get(parameters))
+
+    def _bind(self, parameters: Sequence[Tensor], args: Sequence[Any]) -> CompiledGraph:
+        """Make these parameters known, or find the variant that serves them."""
+        key = tuple(map(id, parameters))
+        with self._lock:
+            if self._bindings:
+                names = owners()
+                other = tuple(str(decide(self._renamed(site, args, names), self.options.recipe)) for site in self.sites.values())
+                if other != self.signature:
+                    return self._variant(other, key, args, names)
+                self.calibrate(self.planned, [s for s in self.sites.values() if _is_static(self.plan[s.name])], args)
+            self._bindings[key] = Binding(parameters, self._fetch, lambda: self._bindings.pop(key, None) and None)
+            self._bindings[key].get(parameters)
+        return self
+
+    def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        by_arg = dict(zip(self._weights, parameters))
+        return [t for slot in self.slots for t in tensors_of(slot, by_arg[slot.arg])]
+
+    def _renamed(self, site: Site, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> Site:
+        from dataclasses import replace
+
+        _, path, name = names.get(id(args[site.param.index]), (None, "", ""))
+        full = f"{path}.{name}".strip(".") if not self.options.root else site.param.path
+        path = full.removesuffix(".weight") or site.path
+        return replace(site, path=path, name=path, param=replace(site.param, path=full or site.param.path))
+
+    def _variant(self, other: tuple[str, ...], key: tuple[int, ...], args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> CompiledGraph:
+        """A compiled graph for parameters whose plan differs. Outside Dynamo no guard protects sizes, so integers among the arguments are part of its key."""
+        ints = tuple(a for a in args if isinstance(a, int))
+        found = self._variants.get((other, ints))
+        if found is None:
+            captured = compat.copy_graph(self.captured)
+            for node, value in zip(captured.graph.find_nodes(op="placeholder"), args):
+                if "param" in node.meta and id(value) in names:
+                    owner, path, name = names[id(value)]
+                    node.meta["param"] = type(node.meta["param"])(node.meta["param"].index, f"{path}.{name}".strip("."), type(owner).__name__)
+            log.info("compiling a variant: the plan of these parameters differs from the one compiled for %s", self.signature)
+            found = CompiledGraph(self.captured, compat.standalone_inputs(captured, args), self.options, captured)
+            self._variants[other, ints] = found
+        if not ints:
+            self._served[key] = found
+        return found
+
+    # --- memory ----------------------------------------------------------------------------------------------------------
+
+    def _release(self, inputs: Sequence[Any]) -> None:
+        for slot in self.slots:
+            if slot.what == "weight":
+                if slot.arg in self.still_read:
+                    self.notes.append(f"{slot.path} keeps its 16-bit weight: the graph reads it elsewhere")
+                else:
+                    TABLE.release(inputs[slot.arg], slot.path)
+
+    def _dump(self, folder: str) -> None:
+        name = f"graph{next(_NUMBERS):02d}"
+        path = pathlib.Path(folder) / name
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "00_capture.txt").write_text(self.steps[0].before + "\n")
+        for step in self.steps:
+            stem = f"{step.index + 1:02d}_{step.name}"
+            (path / f"{stem}.txt").write_text(step.after + "\n")
+            (path / f"{stem}.diff").write_text(step.diff() + "\n")
+
+
+def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
+    """What a slot reads for one parameter."""
+    if slot.what == "weight":
+        return TABLE.packed(parameter, slot.view, slot.scheme, slot.path)
+    record = TABLE.record(parameter, slot.path)
+    ranges, key = record.ranges, f"{slot.site} {slot.scheme}"
+    if key not in ranges:
+        ranges[key] = scale_of(ranges[f"{_use(slot.site)}"], slot.scheme.fmt).reshape(1).to(parameter.device)
+    return [ranges[key].to(parameter.device)]
+
+
+def _use(site: str) -> str:
+    """Which use of its parameter a site is: "" the first, "@2" the second in its graph."""
+    return "range" + ("@" + site.rpartition("@")[2] if "@" in site else "")
+
+
+def _range_key(site: Site) -> str:
+    return _use(site.name)
+
+
+def _is_static(choice: Choice | Skip) -> bool:
+    return isinstance(choice, Choice) and choice.input is not None and choice.input.static
+
+
+@dataclass
+class _Context:
+    """What passes may ask of the backend."""
+
+    options: Options
+    inputs: Sequence[Any]
+    graph: CompiledGraph
+    fake_mode: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.options.recipe
+        self.fake_mode = compat.fake_mode(self.inputs)
+
+    def tensors(self, slot: Slot) -> list[Tensor]:
+        return tensors_of(slot, self.inputs[slot.arg])
+
+    def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site]) -> str:
+        return self.graph.calibrate(gm, sites, self.inputs)
+
+
+class _Eager:
+    """Runs a graph op by op: every quantized op by its reference."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+
+    def __call__(self, *args: Any) -> Any:
+        with torch.no_grad():
+            return self._gm(*args)
+
+
+def _training(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
+
+
+def _concrete(value: Any) -> Any:
+    """Dynamo passes sizes as SymInts: their values, without a guard."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+_WARNED: set[Any] = set()
+
+
+def _warn_once(key: Any, message: str) -> None:
+    if key not in _WARNED:
+        _WARNED.add(key)
+        warnings.warn(message, QcompileWarning, stacklevel=3)
+
+
+def _numbers() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+_NUMBERS = _numbers()
+_COLLECTORS: list[Callable[[CompiledGraph, Sequence[Any]], None]] = []
+_OBSERVERS: list[set[CompiledGraph]] = []
+
+
+@contextlib.contextmanager
+def collecting(collect: Callable[[CompiledGraph, Sequence[Any]], None]) -> Iterator[None]:
+    """Call ``collect(graph, args)`` for each compiled graph that runs inside the context."""
+    _COLLECTORS.append(collect)
+    try:
+        yield
+    finally:
+        _COLLECTORS.remove(collect)
+
+
+@cache
+def sources() -> bytes:
+    """Digest of all our sources and the version of torch: kernels of another version of ours never come out of Inductor's caches."""
+    folder = pathlib.Path(qcompile.__file__).parent
+    roots = [folder, *(pathlib.Path(p) for sub in (qcompile.kernels, qcompile.passes) for p in sub.__path__)]
+    files = sorted({f for root in roots for f in root.rglob("*") if f.suffix in (".py", ".cpp", ".h") and "data" not in f.parts})
+    return compat.digest(torch.__version__.encode(), *(f.read_bytes() for f in files))
+
+
+__all__ = ["CompiledGraph", "backend", "collecting", "text", "view"]

@@ -1,0 +1,55 @@
+"""Dynamo's graph as ours: copied, its parameters named as the model names them, its inputs' roles known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from qcompile import compat
+from qcompile.passes.sites import Param
+from qcompile.weights import owners
+
+MUTATING = {"copy_", "add_", "sub_", "mul_", "div_", "index_copy_", "index_add_", "index_fill_", "index_put_", "scatter_", "scatter_add_", "zero_", "fill_", "masked_fill_", "clamp_"}
+MUTATING |= {"__setitem__", "setitem", "iadd", "isub", "imul"}
+VIEWS = {"view", "reshape", "narrow", "select", "slice", "getitem", "__getitem__", "transpose", "t", "unsqueeze", "squeeze", "flatten", "expand", "permute", "detach"}
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "") -> fx.GraphModule:
+    """A private copy of Dynamo's graph. Parameters get ``meta["param"]``; inputs that the graph writes to are marked static, so that CUDA graphs apply.
+
+    Names are those of the outermost live module (or start with ``root``, where the user gave one), so that a layer compiled alone has the names it has in its model.
+    """
+    copy = compat.copy_graph(gm)
+    found = owners()
+    for index, (node, value) in enumerate(zip(copy.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        if isinstance(value, nn.Parameter):
+            owner, path, name = found.get(id(value), (None, "", ""))
+            relative = dotted(compat.source_name(node))
+            full = f"{root}.{relative}".strip(".") if root else f"{path}.{name}".strip(".") or relative or node.name
+            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "")
+        elif isinstance(value, Tensor) and _is_written(node):
+            node.meta["mutated"] = True
+            compat.mark_static(node)
+    copy.meta["skipped"] = []
+    return copy
+
+
+def dotted(source: str) -> str:
+    """``L['self']._modules['fc']._parameters['weight']`` -> ``fc.weight``."""
+    tail = re.sub(r"^\w*\[[^\]]*\]|^\w+", "", source, count=1)
+    parts = re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", tail)
+    return ".".join(name for name in (a or b for a, b in parts) if name not in ("_modules", "_parameters", "_buffers"))
+
+
+def _is_written(node: fx.Node, depth: int = 0) -> bool:
+    """Some node writes to this tensor in place, directly or through a view."""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if name in MUTATING and user.args and user.args[0] is node:
+            return True
+        if name in VIEWS and depth < 4 and user.args and user.args[0] is node and _is_written(user, depth + 1):
+            return True
+    return False

@@ -1,0 +1,282 @@
+"""Every private or version-dependent import of torch, in one place. Supported: torch 2.11 to 2.13.
+
+Nothing else in the package imports ``torch._inductor``, ``torch._dynamo`` internals, ``torch._guards`` or ``torch._functorch``. Heavy modules are imported where they are used,
+so that ``import qcompile`` stays light and works without triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+# --- reading sizes off tensors and off Inductor's IR -----------------------------------------------------------------
+
+
+def sizes(x: Any) -> Sequence[Any]:
+    """Shape of a tensor or of an IR node."""
+    return x.shape if isinstance(x, torch.Tensor) else x.get_size()
+
+
+def device_of(x: Any) -> torch.device:
+    """Device of a tensor or of an IR node."""
+    device: torch.device = x.device if isinstance(x, torch.Tensor) else x.get_device()
+    return device
+
+
+def static_int(size: Any) -> int | None:
+    """The value of a size that is known at compile time, None where it is symbolic."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        node = size.node
+        return int(size) if node.is_constant() else None
+    return int(size) if getattr(size, "is_number", False) else None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+# --- Inductor: lowerings and templates -------------------------------------------------------------------------------
+
+TRITON_DTYPES = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.int8: "tl.int8"}
+_TEMPLATES: dict[str, Any] = {}
+
+
+def triton_dtype(dtype: torch.dtype) -> str:
+    """Spelling of a dtype in Triton source."""
+    return TRITON_DTYPES[dtype]
+
+
+def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
+    """Hand the lowering of one of our ops to Inductor when Inductor is first used."""
+    _PENDING.append((op, fn))
+
+
+_PENDING: list[tuple[Any, Callable[..., Any]]] = []
+
+
+def flush_lowerings() -> None:
+    """Register what ``register_lowering`` collected; called before every compile, so that importing us does not import Inductor."""
+    if not _PENDING:
+        return
+    from torch._inductor.lowering import register_lowering as register
+
+    while _PENDING:
+        op, fn = _PENDING.pop()
+        register(op, type_promotion_kind=None)(fn)
+
+
+def template_name(*parts: object) -> str:
+    """An identifier for a template made from its parameters; it shows in profiles and in generated code."""
+    return "qcompile_" + re.sub(r"\W+", "_", "_".join(str(p) for p in parts)).strip("_")
+
+
+def lower_template(name: str, source: Callable[[], str], inputs: Sequence[Any], size: tuple[Any, Any], configs: Sequence[Mapping[str, int]]) -> Any:
+    """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues."""
+    from torch._inductor import ir
+    from torch._inductor.kernel.mm_common import mm_grid
+    from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
+
+    if name not in _TEMPLATES:
+        _TEMPLATES[name] = TritonTemplate(name=name, grid=mm_grid, source=source())
+    nodes = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)) for node in inputs]
+    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))
+    choices: list[Any] = []
+    for config in configs:
+        error = _TEMPLATES[name].maybe_append_choice(choices, input_nodes=tuple(nodes), layout=layout, **config)
+        if error is not None:
+            raise error
+    out = autotune_select_algorithm(name, choices, nodes, layout)
+    return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
+
+
+def fallback_kernel(op: Any, *args: Any) -> Any:
+    """An IR node that calls ``op`` as it is, for CPU kernels that are ordinary torch ops."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import fallback_handler
+
+    del ir
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+# --- Inductor: compiling ---------------------------------------------------------------------------------------------
+
+
+def inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], decompositions: Mapping[Any, Any] | None = None) -> Callable[..., Any]:
+    """``compile_fx`` with config patches and, beside Inductor's own table, our decompositions."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    flush_lowerings()
+    table = {**select_decomp_table(), **decompositions} if decompositions else None
+    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=dict(patches), decompositions=table)
+    return compiled
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor config of one of torch.compile's modes; raises ValueError for a mode that does not exist, with the list."""
+    if mode is None or mode == "default":
+        return {}
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise ValueError(f"{mode!r}; known modes: {', '.join(known)}")
+    return dict(known[mode])
+
+
+def inductor_options() -> set[str]:
+    """Names of Inductor's config entries."""
+    return set(torch._inductor.list_options())
+
+
+def graph_pass(fn: Callable[[fx.Graph], None], key: bytes) -> Any:
+    """A post-grad pass whose ``uuid`` enters both cache keys of Inductor (AOTAutograd's and FX's); composes with the pass a user has set."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    before = config.post_grad_custom_pre_pass
+    inherited = before.uuid() if isinstance(before, CustomGraphPass) else None
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            if before is not None:
+                before(graph)
+            fn(graph)
+
+        def uuid(self) -> Any:
+            return None if before is not None and inherited is None else (key, inherited)
+
+    return Pass()
+
+
+def kernel_count() -> int:
+    """Kernels that Inductor has generated in this process; restored on cache hits, so differences count either way."""
+    from torch._inductor import metrics
+
+    return int(metrics.generated_kernel_count)
+
+
+# --- Dynamo: what comes with a captured graph --------------------------------------------------------------------------
+
+
+def fake_mode(inputs: Sequence[Any]) -> Any:
+    """The FakeTensorMode of the compile under way, or a new one outside a compile."""
+    from torch._guards import TracingContext, detect_fake_mode
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    return detect_fake_mode(inputs) or FakeTensorMode(shape_env=ShapeEnv())
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that owns its graph. Dynamo reads its own placeholders again after a backend returns, so its graph is never edited."""
+    graph, seen = fx.Graph(), {}  # type: ignore[var-annotated]
+    out = graph.graph_copy(gm.graph, seen)
+    graph.output(out)
+    for old, new in seen.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type]
+    return copy
+
+
+def add_static_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor, mode: Any, like: fx.Node) -> fx.Node:
+    """A placeholder after the last one, for a tensor that keeps its address from call to call (CUDA graphs then do not copy it)."""
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    source = getattr(like, "_dynamo_source", None)
+    if source is not None:
+        from torch._dynamo.source import AttrSource
+
+        node._dynamo_source = AttrSource(source, node.name)  # type: ignore[attr-defined]
+    return node
+
+
+def mark_static(node: fx.Node) -> None:
+    """Tell CUDA-graph trees that the address of this input rarely changes; they record anew when it does."""
+    node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}
+
+
+def is_static_input(example: Any) -> bool:
+    """Dynamo holds this tensor for a buffer, parameter or tensor attribute of a module."""
+    return getattr(example, "_dynamo_static_input_type", None) is not None
+
+
+def source_name(node: fx.Node) -> str:
+    """Dynamo's name for where a placeholder comes from, such as ``L['self']._modules['fc']._parameters['weight']``."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
+
+
+def reset_code(fn: Callable[..., Any]) -> None:
+    """Drop Dynamo's compiled entries of one function, so that its next call captures again."""
+    from torch._C._dynamo.eval_frame import reset_code as reset
+
+    reset(fn.__code__)
+
+
+def trace_artifact(name: str, payload: str, encoding: str = "string") -> None:
+    """An artifact for tlparse, written where TORCH_TRACE is set."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: payload)
+
+
+@contextlib.contextmanager
+def no_dispatch_modes() -> Iterator[None]:
+    """Run on real tensors inside a compile: outside the fake mode and tracing context that Dynamo has active."""
+    from torch._guards import tracing
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with tracing(None), _disable_current_modes():
+        yield
+
+
+def on_optimizer_step(fn: Callable[[Iterator[torch.Tensor]], Any]) -> None:
+    """Call ``fn`` with the parameters of an optimizer after each of its steps."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(lambda optimizer, *_: fn(p for group in optimizer.param_groups for p in group["params"]) and None)
+
+
+def has_cpp_compiler() -> str | None:
+    """None where Inductor finds a C++ compiler, else what it said."""
+    return _cpp_compiler()
+
+
+@functools.cache
+def _cpp_compiler() -> str | None:
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, FileNotFoundError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def digest(*parts: bytes) -> bytes:
+    """sha256 of the parts."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little") + part)
+    return h.digest()

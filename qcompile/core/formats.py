@@ -1,0 +1,181 @@
+"""Number formats as data: one row per format, one ``encode``, one ``decode``.
+
+A format of at most 8 bits is an integer grid, a minifloat (four numbers describe it) or a table of values (NF4, FP4, a learned codebook).
+A code is an integer; ``decode`` gives its value. Invariants, each tested for every row: ``encode(decode(c)) == c`` up to the sign of zero,
+``encode`` is monotone, and what lies outside the range saturates. Ties go to the even code, as in IEEE 754.
+
+>>> int(encode(torch.tensor(300.0), FORMATS["int8"]))
+127
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .codebooks import BNB_FP4, NF4
+from .errors import unknown
+
+
+@dataclass(frozen=True)
+class Format:
+    """One number format.
+
+    ``specials`` counts the codes that a minifloat loses at its top: none, one NaN (``e4m3`` of OCP FP8) or a whole exponent (IEEE, ``e5m2``).
+    ``native`` is the torch dtype that stores exactly these codes, if there is one.
+    """
+
+    name: str
+    bits: int
+    kind: Literal["int", "float", "table"]
+    signed: bool = True
+    exp: int = 0
+    specials: Literal["none", "nan", "ieee"] = "none"
+    values: tuple[float, ...] = ()
+    native: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def man(self) -> int:
+        """Mantissa bits of a minifloat."""
+        return self.bits - self.signed - self.exp
+
+    @property
+    def lo(self) -> float:
+        """The least representable value."""
+        if self.kind == "int":
+            return -(2.0 ** (self.bits - 1)) if self.signed else 0.0
+        return self.values[0] if self.kind == "table" else -self.hi
+
+    @property
+    def hi(self) -> float:
+        """The greatest representable value; a symmetric scale maps the absolute maximum here."""
+        return 2.0 ** (self.bits - self.signed) - 1 if self.kind == "int" else numbers(self)[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage of one unpacked code."""
+        return self.native or (torch.int8 if self.kind == "int" and self.signed else torch.uint8)
+
+    @property
+    def integral(self) -> bool:
+        """Codes are themselves the values, so that integer dot products apply."""
+        return self.kind == "int"
+
+
+def _bias(fmt: Format) -> int:
+    return 2 ** (fmt.exp - 1) - 1
+
+
+@lru_cache(None)
+def numbers(fmt: Format) -> tuple[float, ...]:
+    """Representable values, ascending; of a minifloat only the non-negative half, so that index equals magnitude code."""
+    if fmt.kind == "int":
+        low = -(2 ** (fmt.bits - 1)) if fmt.signed else 0
+        return tuple(float(low + i) for i in range(2**fmt.bits))
+    if fmt.kind == "table":
+        return fmt.values
+    bias, steps = _bias(fmt), 2**fmt.man
+    values = [m / steps * 2.0 ** (1 - bias) if e == 0 else (1 + m / steps) * 2.0 ** (e - bias) for e in range(2**fmt.exp) for m in range(steps)]
+    lost = {"none": 0, "nan": 1, "ieee": steps}[fmt.specials]
+    return tuple(values[: len(values) - lost])
+
+
+def grid(fmt: Format) -> Tensor:
+    """``numbers`` as a float32 tensor on the CPU."""
+    return torch.tensor(numbers(fmt), dtype=torch.float32)
+
+
+@lru_cache(None)
+def table(fmt: Format) -> Tensor:
+    """Value of each code, (2**bits,) float32 on the CPU, indexed by the code read as unsigned. Codes that no value has (NaN, unused) read as NaN, or 0 in a table."""
+    out = torch.zeros(2**fmt.bits)
+    if fmt.kind == "int":
+        out[grid(fmt).long() % 2**fmt.bits] = grid(fmt)
+    elif fmt.kind == "table":
+        out[: len(fmt.values)] = grid(fmt)
+    else:
+        half = torch.full((2 ** (fmt.bits - 1),), float("nan"))
+        half[: len(grid(fmt))] = grid(fmt)
+        if fmt.specials == "ieee":
+            half[len(grid(fmt))] = float("inf")
+        out = torch.cat([half, -half])
+    return out
+
+
+def encode(x: Tensor, fmt: Format) -> Tensor:
+    """Nearest code of each value, in ``fmt.dtype``; ties to the even code, out of range saturates. ``x`` is any float dtype and any shape."""
+    x = x.float()
+    if fmt.kind == "int":
+        return x.round().clamp(fmt.lo, fmt.hi).to(fmt.dtype)
+    if fmt.native is not None:
+        return x.clamp(fmt.lo, fmt.hi).to(fmt.native)
+    if fmt.kind == "table":
+        middle = [(a + b) / 2 for a, b in pairwise(fmt.values)]
+        if type(x) is Tensor:
+            return torch.bucketize(x.contiguous(), torch.tensor(middle, device=x.device)).to(torch.uint8)
+        return sum(((x > m).to(torch.uint8) for m in middle), torch.zeros_like(x, dtype=torch.uint8))  # traced: pointwise, no constant tensor
+    return _encode_minifloat(x, fmt)
+
+
+def _encode_minifloat(x: Tensor, fmt: Format) -> Tensor:
+    """code = n + (e - e_min) * 2**man, where n = |x| / 2**(e - man) rounded to even; below the least normal exponent e_min, e is e_min.
+
+    A carry out of n moves on to the next binade by itself. Exponents are read and made in the bits of float32.
+    """
+    magnitude = x.abs().clamp(max=fmt.hi)
+    least = 1 - _bias(fmt)
+    e = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=least)
+    step = ((e - fmt.man + 127) << 23).view(torch.float32)
+    n = (magnitude / step).round().to(torch.int32)
+    code = n + ((e - least) << fmt.man)
+    return (code + torch.signbit(x).to(torch.int32) * 2 ** (fmt.bits - 1)).to(torch.uint8)
+
+
+def decode(codes: Tensor, fmt: Format) -> Tensor:
+    """Value of each code, float32. ``codes`` as ``encode`` gives them."""
+    if fmt.kind == "int" or fmt.native is not None:
+        return codes.float()
+    if type(codes) is Tensor:
+        return table(fmt).to(codes.device)[codes.int()]
+    if fmt.kind == "table":  # traced: a chain of selections, no constant tensor
+        out = torch.zeros_like(codes, dtype=torch.float32)
+        for code, v in enumerate(fmt.values):
+            out = torch.where(codes == code, v, out)
+        return out
+    magnitude = (codes & (2 ** (fmt.bits - 1) - 1)).to(torch.int32)
+    e, m = magnitude >> fmt.man, magnitude & (2**fmt.man - 1)
+    power = ((e.clamp(min=1) - _bias(fmt) - fmt.man + 127) << 23).view(torch.float32)
+    value = torch.where(e == 0, m, m + 2**fmt.man).float() * power
+    return torch.where((codes >> (fmt.bits - 1)) > 0, -value, value)
+
+
+def find(name: str, where: str = "") -> Format:
+    """The row called ``name``; raises OptionError with the list of rows."""
+    if name not in FORMATS:
+        raise unknown("format", name, FORMATS, where)
+    return FORMATS[name]
+
+
+def _float(name: str, specials: Literal["none", "nan", "ieee"] = "none", native: torch.dtype | None = None) -> Format:
+    exp, man = int(name[1]), int(name[3])
+    return Format(name, 1 + exp + man, "float", exp=exp, specials=specials, native=native)
+
+
+_ROWS = (
+    *(Format(f"int{b}", b, "int", native=torch.int8 if b == 8 else None) for b in range(2, 9)),
+    *(Format(f"uint{b}", b, "int", signed=False, native=torch.uint8 if b == 8 else None) for b in range(2, 9)),
+    _float("e4m3", "nan", torch.float8_e4m3fn),  # OCP 8-bit floating point specification, 2022: both dtypes
+    _float("e5m2", "ieee", torch.float8_e5m2),
+    *map(_float, ("e3m4", "e2m5", "e3m2", "e2m3", "e2m1", "e1m2", "e3m0")),  # LLM-FP4 (Liu et al. 2023) and OCP MX v1.0: no code is lost
+    Format("nf4", 4, "table", values=NF4),
+    Format("fp4", 4, "table", values=BNB_FP4),
+)
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}

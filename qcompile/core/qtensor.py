@@ -1,0 +1,158 @@
+"""A quantized tensor as a plain value, and the two functions that define what quantization means here.
+
+``dequantize(quantize(x, s))`` is the reference that every kernel, solver and exporter is tested against.
+Shapes: ``x`` is (..., N, K); the leading axes are independent (the experts of a mixture), groups tile the last two, a ragged last group is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import WeightError
+from .formats import decode, encode
+from .layouts import LAYOUTS
+from .ranges import RANGES, round_up
+from .scheme import Scheme
+
+SCALE_DTYPE = torch.bfloat16
+"""Stored scales: the range of float32 in 16 bits; rounded up, and codes are taken against the rounded scale."""
+
+
+@dataclass
+class QTensor:
+    """Packed ``codes``, ``scale`` (..., grid), ``zero`` (integer points as uint8 or int8, or minima), the scheme, and K, which packing may have padded."""
+
+    codes: Tensor
+    scale: Tensor | QTensor
+    zero: Tensor | QTensor | None
+    scheme: Scheme
+    k: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape (..., N, K)."""
+        return (*self.codes.shape[:-1], self.k)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors hold."""
+        return sum(t.nbytes for t in self.flatten())
+
+    def flatten(self) -> list[Tensor]:
+        """The plain tensors, in the order that ``unflatten`` takes: codes, scale..., zero..."""
+        return [self.codes, *_flat(self.scale), *(_flat(self.zero) if self.zero is not None else [])]
+
+    @staticmethod
+    def unflatten(tensors: Sequence[Tensor], scheme: Scheme, k: int) -> QTensor:
+        """Inverse of ``flatten``; ``k`` is the logical length of the last axis."""
+        return _build(iter(tensors), scheme, k)
+
+
+def _flat(part: Tensor | QTensor) -> list[Tensor]:
+    return part.flatten() if isinstance(part, QTensor) else [part]
+
+
+def _build(tensors: Iterator[Tensor], scheme: Scheme, k: int) -> QTensor:
+    codes = next(tensors)
+    columns = scheme.extent(codes.shape[-2], k)[1]
+
+    def nested() -> Tensor | QTensor:
+        return _build(tensors, scheme.scale, -(-k // columns)) if scheme.scale else next(tensors)
+
+    scale = nested()
+    zero = None if scheme.zero == "none" else next(tensors) if scheme.zero == "point" else nested()
+    return QTensor(codes, scale, zero, scheme, k)
+
+
+def tile(x: Tensor, group: tuple[int, int]) -> Tensor:
+    """(..., N, K) as (..., N/r, r, K/c, c); a ragged last group is filled with zeros, which leave every range that holds zero as it is."""
+    r, c = group
+    n, k = x.shape[-2:]
+    if n % r or k % c:
+        x = F.pad(x, (0, -k % c, 0, -n % r))
+    return x.unflatten(-1, (-1, c)).unflatten(-3, (-1, r))
+
+
+def untile(t: Tensor, n: int, k: int) -> Tensor:
+    """Inverse of ``tile``."""
+    return t.flatten(-2).flatten(-3, -2)[..., :n, :k]
+
+
+def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:
+    """Round to nearest. ``x``: (..., N, K), any float dtype, at least 2-D. Raises WeightError, naming ``name``, where ``x`` is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        bad = ~torch.isfinite(x)
+        first = tuple(bad.nonzero()[0].tolist())
+        raise WeightError(f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)} has {int(bad.sum())} values that are NaN or infinite, the first at {first}; it cannot be quantized")
+    t = tile(x.detach().float(), scheme.extent(*x.shape[-2:]))
+    scale, zero = RANGES[rule](t, scheme, (-3, -1))
+    return assign(t, scale, zero, scheme, x.shape, name, scale_dtype)
+
+
+def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:
+    """Codes of the tiled values ``t`` under a given scale and zero (both (..., N/r, 1, K/c, 1)); stores the scale first, so that codes match what is stored."""
+    n, k = shape[-2:]
+    stored = _store(scale, scheme, name, scale_dtype)
+    s = value(stored)[..., :, None, :, None]
+    held: Tensor | QTensor | None = None
+    if zero is None:
+        y = t / s
+    elif scheme.zero == "min":
+        held = _store(zero, scheme, name, scale_dtype, up=False)
+        y = (t + value(held)[..., :, None, :, None]) / s
+    else:
+        held = zero[..., :, 0, :, 0].to(scheme.fmt.dtype)
+        y = t / s + zero
+    codes = untile(encode(y, scheme.fmt), n, k)
+    return QTensor(pack(codes, scheme), stored, held, scheme, k)
+
+
+def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype, up: bool = True) -> Tensor | QTensor:
+    flat = scale[..., :, 0, :, 0]  # (..., N/r, K/c)
+    if scheme.scale is not None:
+        return quantize(flat, scheme.scale, name=f"scales of {name}", scale_dtype=dtype)
+    return (round_up(flat, dtype) if up else flat.to(dtype)).contiguous()
+
+
+def pack(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes as ``encode`` gives them -> storage. Plain layouts keep the format's own dtype."""
+    if scheme.packing == "plain":
+        return codes.contiguous()
+    bits = scheme.fmt.bits
+    return LAYOUTS[scheme.packing].pack(codes.view(torch.uint8) & (2**bits - 1), bits)
+
+
+def unpack(q: QTensor) -> Tensor:
+    """Storage -> codes as ``encode`` gives them, (..., N, K)."""
+    fmt = q.scheme.fmt
+    if q.scheme.packing == "plain":
+        return q.codes
+    raw = LAYOUTS[q.scheme.packing].unpack(q.codes, fmt.bits, q.k)
+    if fmt.kind == "int" and fmt.signed:
+        return ((raw << (8 - fmt.bits)).view(torch.int8) >> (8 - fmt.bits)).contiguous()  # sign-extend
+    return raw
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values, (..., N, K): ``q * s``, ``(q - z) * s`` or ``q * s - m``, computed in float32."""
+    n, k = q.shape[-2:]
+    group = q.scheme.extent(n, k)
+    t = tile(decode(unpack(q), q.scheme.fmt), group)
+    s = value(q.scale)[..., :, None, :, None]
+    if q.zero is None:
+        t = t * s
+    elif q.scheme.zero == "min":
+        t = t * s - value(q.zero)[..., :, None, :, None]
+    else:
+        t = (t - value(q.zero)[..., :, None, :, None]) * s
+    return untile(t, n, k).to(dtype)
+
+
+def value(part: Tensor | QTensor) -> Tensor:
+    """Scales or zeros as float32, (..., N/r, K/c)."""
+    return dequantize(part) if isinstance(part, QTensor) else part.float()

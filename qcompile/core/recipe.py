@@ -1,0 +1,115 @@
+"""Recipes as rows: which scheme each linear gets, and which passes run.
+
+A recipe is weight x input schemes plus rules. A rule names linears by their full name, by ``re:`` and a regular expression (matched from the start, as everywhere in the field),
+or by the type of their module (``Linear``, ``Conv1D``); the first rule that matches decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from .errors import OptionError, unknown
+from .scheme import Scheme
+
+KEEP = "16bit"
+"""The spelling of "leave this linear alone" where a scheme is expected."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear gets: a weight scheme, an input scheme (None: activations stay in 16 bits), and why."""
+
+    weight: Scheme
+    input: Scheme | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.input} @ {self.weight}" if self.input else str(self.weight)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``pattern`` -> weight and input schemes as spellings; ``weight=None`` leaves the linear in 16 bits."""
+
+    pattern: str
+    weight: str | None = None
+    input: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise OptionError(f"rule {self.pattern!r} is not a regular expression: {error}") from error
+        if self.weight is not None:
+            Scheme.parse(self.weight)
+        if self.input is not None:
+            Scheme.parse(self.input)
+
+    def matches(self, name: str, kind: str = "") -> bool:
+        """Whether the rule names this linear; ``kind`` is the class name of its module."""
+        if self.pattern.startswith("re:"):
+            return re.match(self.pattern[3:], name) is not None
+        return self.pattern in (name, kind) or name.endswith("." + self.pattern)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named default for every linear, rules for some, the scheme of the head, passes to run and a line of description."""
+
+    name: str
+    weight: str
+    input: str | None = None
+    rules: tuple[Rule, ...] = ()
+    head: str | None = None
+    passes: tuple[str, ...] = ()
+    doc: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for scheme in (self.weight, self.input, self.head):
+            if scheme is not None and scheme != KEEP:
+                Scheme.parse(scheme)
+
+    def override(self, *, weight: str | None = None, input: str | None = None, head: str | None = None, ignore: Iterable[str] = ()) -> Recipe:
+        """The recipe with other schemes; ``input=KEEP`` drops the input scheme; ``ignore`` puts rules that keep 16 bits before the others."""
+        rules = (*(Rule(pattern) for pattern in ignore), *self.rules)
+        x = self.input if input is None else None if input == KEEP else str(Scheme.parse(input))
+        name = self.name if weight is None and input is None else "custom"
+        return replace(self, name=name, weight=str(Scheme.parse(weight)) if weight else self.weight, input=x, head=head or self.head, rules=rules)
+
+    @property
+    def static(self) -> bool:
+        """Some input range is fixed by calibration."""
+        spellings = [self.input, *(rule.input for rule in self.rules)]
+        return any(Scheme.parse(s).static for s in spellings if s)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.input} @ {self.weight})" if self.input else f"{self.name} ({self.weight})"
+
+
+DEFAULT = "W8A8"
+
+_ROWS = (
+    Recipe("W8A8", "int8.row", "int8.row", doc="int8 weights per row, activations in int8 per token, ranges taken at run time"),
+    Recipe("W8A8_STATIC", "int8.row", "int8.tensor.static", doc="as W8A8 with one calibrated range per input; re-quantization fuses into the layer before"),
+    Recipe("W8A16", "int8.row", doc="int8 weights per row, 16-bit activations"),
+    Recipe("W4A16", "int4.g128", doc="int4 weights in groups of 128, 16-bit activations"),
+    Recipe("W4A8", "int4.g128", "int8.row", doc="int4 weights in groups of 128, int8 activations per token"),
+    Recipe("FP8", "e4m3.row", "e4m3.row", doc="FP8 E4M3, weights per row and activations per token"),
+    Recipe("FP8_TENSOR", "e4m3.tensor", "e4m3.tensor", doc="FP8 E4M3, one scale for each tensor, taken at run time"),
+    Recipe("NF4", "nf4.g64", doc="QLoRA's 4-bit NormalFloat in blocks of 64, 16-bit activations"),
+    Recipe("FP4", "fp4.g64", doc="bitsandbytes' FP4 in blocks of 64, 16-bit activations"),
+)
+RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
+
+
+def find_recipe(name: str | Recipe) -> Recipe:
+    """A preset by its name, in any case, or a Recipe as it is. Raises OptionError with the list."""
+    if isinstance(name, Recipe):
+        return name
+    key = name.upper().replace("-", "_") if isinstance(name, str) else name
+    if key not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[key]

@@ -1,0 +1,116 @@
+"""How one tensor is quantized, as a value with a spelling: ``Scheme.parse(str(s)) == s``.
+
+A spelling reads ``format.group[.point|.min][.static][.layout][/scheme of the scales]``::
+
+    int8.row                 one scale for each row (output channel, or token)
+    int4.g128                one scale for each 128 columns of a row
+    uint4.g128.point         the same with an integer zero point
+    e4m3.b128x128            one scale for each block of 128 rows and 128 columns
+    int8.tensor.static       one scale, fixed at calibration
+    nf4.g64/int8.g256        scales themselves quantized ("double quantization")
+    e2m1.g16/e4m3.tensor     NVFP4
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .errors import OptionError, unknown
+from .formats import FORMATS, Format, find
+from .layouts import LAYOUTS
+
+FULL = 0
+"""A group that spans its whole axis."""
+GROUPS = {"tensor": (FULL, FULL), "row": (1, FULL)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Format, who shares a scale, zero point, static or dynamic range, quantized scales, and where the bits lie.
+
+    ``group`` is (rows, columns) that share a scale; ``zero`` is "point" (integer zero point: ``(q - z) * s``) or "min" (``q * s - m``).
+    ``layout`` empty means the default: packed where a code is narrower than a byte.
+    """
+
+    fmt: Format
+    group: tuple[int, int] = (1, FULL)
+    zero: Literal["none", "point", "min"] = "none"
+    static: bool = False
+    scale: Scheme | None = None
+    layout: str = ""
+
+    def __str__(self) -> str:
+        named = next((name for name, group in GROUPS.items() if group == self.group), "")
+        group = named or (f"g{self.group[1]}" if self.group[0] == 1 else f"b{self.group[0]}x{self.group[1]}")
+        parts = [self.fmt.name, group, *([self.zero] if self.zero != "none" else []), *(["static"] if self.static else []), *([self.layout] if self.layout else [])]
+        return ".".join(parts) + (f"/{self.scale}" if self.scale else "")
+
+    @classmethod
+    def parse(cls, spelling: str | Scheme) -> Scheme:
+        """The scheme that a spelling names. Raises OptionError, which lists what exists."""
+        if isinstance(spelling, Scheme):
+            return spelling
+        if not isinstance(spelling, str):
+            raise OptionError(f"a scheme is a string such as 'int4.g128', not {spelling!r}")
+        head, slash, tail = spelling.strip().lower().partition("/")
+        name, *parts = head.split(".")
+        scheme = cls(find(name, where=f"scheme {spelling!r}"), scale=cls.parse(tail) if slash else None)
+        seen: dict[str, str] = {}
+        for part in parts:
+            slot, change = _part(part, spelling)
+            if slot in seen:
+                raise OptionError(f"scheme {spelling!r} gives its {slot} twice: {seen[slot]!r} and {part!r}")
+            seen[slot] = part
+            scheme = replace(scheme, **change)  # type: ignore[arg-type]
+        if scheme.static and scheme.group != GROUPS["tensor"]:
+            raise OptionError(f"scheme {spelling!r}: a static range is one for the tensor; write '{scheme.fmt.name}.tensor.static'")
+        if scheme.zero == "point" and scheme.fmt.kind != "int":
+            raise OptionError(f"scheme {spelling!r}: an integer zero point needs an integer format; 'min' works for every format")
+        return scheme
+
+    @property
+    def packing(self) -> str:
+        """Name of the layout in LAYOUTS that a stored weight of this scheme uses."""
+        return self.layout or ("plain" if self.fmt.bits == 8 else "planes")
+
+    def grid_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor of ``shape`` (..., rows, columns); a ragged last group counts."""
+        *lead, n, k = shape
+        r, c = self.extent(n, k)
+        return (*lead, math.ceil(n / r), math.ceil(k / c))
+
+    def extent(self, n: int, k: int) -> tuple[int, int]:
+        """The group in rows and columns on an (n, k) tensor: FULL resolved, a group larger than its axis cut to the axis."""
+        r, c = self.group
+        return min(r or n, n) or 1, min(c or k, k) or 1
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Bits that one element costs on a tensor of ``shape``, scales (16 bits unless quantized) and zero points (8) included."""
+        count = math.prod(shape)
+        grid = self.grid_shape(shape)
+        meta = self.scale.bits_per_weight((math.prod(grid[:-1]), grid[-1])) if self.scale else 16.0
+        zero = {"none": 0.0, "point": 8.0, "min": meta}[self.zero]
+        stored = 8 if self.packing == "plain" else self.fmt.bits
+        return stored + (meta + zero) * math.prod(grid) / max(count, 1)
+
+
+def _part(part: str, spelling: str) -> tuple[str, dict[str, object]]:
+    if part in GROUPS:
+        return "group", {"group": GROUPS[part]}
+    if m := re.fullmatch(r"g([1-9]\d*)", part):
+        return "group", {"group": (1, int(m[1]))}
+    if m := re.fullmatch(r"b([1-9]\d*)x([1-9]\d*)", part):
+        return "group", {"group": (int(m[1]), int(m[2]))}
+    if part in ("point", "min"):
+        return "zero", {"zero": part}
+    if part == "static":
+        return "range", {"static": True}
+    if part in LAYOUTS:
+        return "layout", {"layout": part}
+    raise unknown("part", part, ["tensor", "row", "g<columns>", "b<rows>x<columns>", "point", "min", "static", *LAYOUTS], f"scheme {spelling!r}")
+
+
+__all__ = ["FORMATS", "FULL", "GROUPS", "Scheme"]

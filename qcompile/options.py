@@ -1,0 +1,100 @@
+"""What ``torch.compile(..., options={...})`` takes, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompile import compat
+from qcompile.core.errors import OptionError, unknown
+from qcompile.core.recipe import DEFAULT, Recipe, find_recipe
+from qcompile.passes import PASSES
+
+HELP = {
+    "recipe": "a preset's name or a qcompile.Recipe",
+    "weight": "a scheme for weights, such as 'int4.g128'",
+    "input": "a scheme for activations, such as 'int8.row', or '16bit'",
+    "output": "a scheme that the outputs of linears are rounded to",
+    "head": "a scheme for the head, which keeps 16 bits otherwise",
+    "passes": "names of passes to run before lowering, in order",
+    "ignore": "names, types or 're:' patterns of linears that keep 16 bits",
+    "calibration": "statistics taken earlier",
+    "train": "a training recipe",
+    "mode": "one of torch.compile's modes (torch refuses mode= beside options=)",
+    "root": "the name under which a compiled layer sits in its model",
+    "release": "free each 16-bit weight when it is packed",
+    "dump": "a folder for the graph after every pass",
+    "strict": "raise where something would be skipped, emulated or replaced",
+    "lower": "'inductor' or 'eager' (the quantized graph by its references)",
+    "inductor": "options handed on to Inductor",
+}
+LATER = {"output": "output schemes", "calibration": "saved statistics", "train": "training recipes"}
+"""Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options."""
+
+    recipe: Recipe
+    passes: tuple[str, ...] = ()
+    mode: str | None = None
+    root: str = ""
+    release: bool = False
+    dump: str | None = None
+    strict: bool = False
+    lower: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Options from the dictionary that torch.compile hands over. Raises OptionError, which lists what exists."""
+        given = dict(options or {})
+        for key in given:
+            if key not in HELP:
+                raise unknown("option", key, HELP, "options")
+            if key in LATER:
+                raise OptionError(f"option {key!r} ({HELP[key]}) is not available in this version: {LATER[key]} are still to come")
+        if mode is not None and given.setdefault("mode", mode) != mode:
+            raise OptionError(f"mode is given twice: {mode!r} and options['mode'] = {given['mode']!r}")
+        weight, x, head, ignore = given.get("weight"), given.get("input"), given.get("head"), given.get("ignore", ())
+        if isinstance(ignore, str):
+            ignore = (ignore,)
+        alone = "recipe" not in given and weight is not None  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
+        recipe = Recipe("custom", weight) if alone else find_recipe(given.get("recipe", DEFAULT))
+        recipe = recipe.override(weight=weight, input=x, head=head, ignore=ignore)
+        lower = given.get("lower", "inductor")
+        if lower not in ("inductor", "eager"):
+            raise unknown("value", lower, ("inductor", "eager"), "options['lower']")
+        for name in given.get("passes", ()):
+            if name not in PASSES:
+                raise unknown("pass", name, PASSES, "options['passes']")
+        extra = dict(given.get("inductor", {}))
+        known = compat.inductor_options() if extra else set()
+        for key in extra:
+            if key not in known:
+                raise unknown("Inductor option", key, sorted(known), "options['inductor']")
+        try:
+            patches = compat.mode_patches(given.get("mode"))
+        except ValueError as error:
+            raise OptionError(f"unknown mode {error}") from None
+        for key in ("release", "strict"):
+            if not isinstance(given.get(key, False), bool):
+                raise OptionError(f"option {key!r} is True or False, not {given[key]!r}")
+        return cls(
+            recipe=recipe,
+            passes=tuple(given.get("passes", ())),
+            mode=given.get("mode"),
+            root=given.get("root", ""),
+            release=given.get("release", False),
+            dump=given.get("dump") or os.environ.get("QCOMPILE_DUMP"),
+            strict=given.get("strict", False),
+            lower=lower,
+            inductor={**patches, **extra},
+        )
+
+    def key(self) -> bytes:
+        """What enters the cache key beside our sources."""
+        return repr((self.recipe, self.passes, self.lower, sorted(self.inductor.items(), key=str))).encode()

@@ -1,0 +1,253 @@
+"""Live parameters and their packed tensors.
+
+Compiled graphs take packed weights as inputs; this table finds them on each call. An entry belongs to one parameter object, one view of it and one scheme, and is valid while the parameter
+has the same version and storage. When the value changed, it is packed again *into the same tensors*, so that addresses (and CUDA graphs) stay.
+
+Detected: ``load_state_dict``, ``copy_`` and every in-place op, a replaced Parameter, ``p.data = t``, optimizer steps (a hook tells of fused ones, which bump no version), a move to another device.
+Not detectable: ``p.data.mul_(2)`` and other writes behind autograd's back; ``qcompile.refresh(model)`` says so by hand.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qcompile import compat
+from qcompile.core.errors import WeightError
+from qcompile.core.qtensor import QTensor, dequantize, quantize
+from qcompile.core.scheme import Scheme
+from qcompile.passes.sites import view
+
+Key = tuple[str, str, str]
+"""(what, view, scheme) of an entry."""
+
+
+
+def state_of(p: Tensor) -> tuple[int, int, torch.device]:
+    """What changes when the value of a parameter may have changed. Inference tensors have no version: only their storage is watched."""
+    return (-1 if p.is_inference() else p._version, p.data_ptr(), p.device)
+
+
+@dataclass
+class Entry:
+    """Packed tensors of one (parameter, view, scheme) and the state of the parameter that they were made from."""
+
+    scheme: Scheme
+    k: int
+    tensors: list[Tensor]
+    state: tuple[object, ...]
+
+    def qtensor(self) -> QTensor:
+        return QTensor.unflatten(self.tensors, self.scheme, self.k)
+
+
+@dataclass
+class Record:
+    """All that is known of one live parameter."""
+
+    ref: weakref.ref[Tensor]
+    path: str = ""
+    entries: dict[Key, Entry] = field(default_factory=dict)
+    ranges: dict[str, Tensor] = field(default_factory=dict)
+    released: torch.dtype | None = None
+
+
+class WeightTable:
+    """id(parameter) -> Record; records die with their parameters."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, Record] = {}
+        self._lock = threading.RLock()
+
+    def record(self, p: Tensor, path: str = "") -> Record:
+        """The record of a parameter, made when first asked for."""
+        found = self._records.get(id(p))
+        if found is not None and found.ref() is p:
+            return found
+        key = id(p)
+        records = self._records
+
+        def forget(ref: weakref.ref[Tensor]) -> None:
+            if key in records and records[key].ref is ref:
+                del records[key]
+
+        with self._lock:
+            made = Record(weakref.ref(p, forget), path)
+            self._records[key] = made
+        return made
+
+    def get(self, p: Tensor) -> Record | None:
+        """The record of a parameter, or None where it has none."""
+        found = self._records.get(id(p))
+        return found if found is not None and found.ref() is p else None
+
+    def packed(self, p: Tensor, how: str, scheme: Scheme, path: str) -> list[Tensor]:
+        """Packed tensors of ``view(p, how)`` under ``scheme``, up to date."""
+        record = self.record(p, path)
+        key = ("weight", how, str(scheme))
+        entry = record.entries.get(key)
+        if entry is not None and (entry.state == state_of(p) or record.released is not None):
+            if entry.tensors[0].device != p.device:
+                entry.tensors = [t.to(p.device) for t in entry.tensors]
+            return entry.tensors
+        if record.released is not None:
+            have = ", ".join(f"{k[2]}{' transposed' if k[1] == 't' else ''}" for k in record.entries)
+            raise WeightError(f"the 16-bit weight of {path} was released and is packed as {have}; it cannot be packed as {scheme}. Load the weights again first.")
+        with self._lock, compat.no_dispatch_modes(), torch.no_grad():
+            if p.is_meta:
+                raise WeightError(f"parameter {path} is on the meta device: load its values before the first call")
+            q = quantize(view(p.detach(), how), scheme, name=path)
+            fresh = q.flatten()
+            if entry is not None and [(t.shape, t.dtype, t.device) for t in entry.tensors] == [(t.shape, t.dtype, t.device) for t in fresh]:
+                for old, new in zip(entry.tensors, fresh):
+                    old.copy_(new)
+                fresh = entry.tensors
+            record.entries[key] = Entry(scheme, q.k, fresh, state_of(p))
+        return fresh
+
+    def release(self, p: nn.Parameter, path: str) -> int:
+        """Give back the storage of a packed parameter; it reads as NaN afterwards and refuses writes. Returns the bytes freed."""
+        record = self.get(p)
+        if record is None or not record.entries:
+            raise WeightError(f"{path} has not been packed: call the compiled model once before its weights are released")
+        if record.released is not None:
+            return 0
+        freed = p.nbytes
+        record.released = p.dtype
+        with compat.no_dispatch_modes(), torch.no_grad():
+            p.data = torch.full((1,), float("nan"), dtype=p.dtype, device=p.device).expand(p.shape)
+        _guard_state_dict(p, self)
+        return freed
+
+    def restore(self, p: Tensor) -> Tensor:
+        """The value of a released parameter, dequantized, in its own dtype and shape."""
+        record = self.get(p)
+        if record is None or record.released is None:
+            return p
+        (_, how, _), entry = next(iter(record.entries.items()))
+        value = dequantize(entry.qtensor(), record.released)
+        return (value.transpose(-1, -2) if how == "t" else value).reshape(p.shape)
+
+    def revive(self, p: nn.Parameter) -> None:
+        """Give a released parameter storage again, filled with its dequantized value, so that it can be written to."""
+        record = self.get(p)
+        if record is not None and record.released is not None:
+            value = self.restore(p).contiguous()
+            record.released = None
+            p.data = value
+            for entry in record.entries.values():
+                entry.state = state_of(p)
+
+    def forget(self, parameters: Iterable[Tensor]) -> int:
+        """Mark entries stale (in-place edits that PyTorch cannot see); they are packed again on the next call. Returns how many."""
+        count = 0
+        for p in parameters:
+            record = self.get(p)
+            if record is not None and record.released is None:
+                for entry in record.entries.values():
+                    entry.state, count = (), count + 1
+        GENERATION[0] += bool(count)
+        return count
+
+    def resident(self, p: Tensor) -> int:
+        """Bytes of the packed tensors of a parameter."""
+        record = self.get(p)
+        return sum(t.nbytes for entry in record.entries.values() for t in entry.tensors) if record else 0
+
+
+GENERATION = [0]
+"""Grows when entries were marked stale by hand; bound graphs compare it."""
+
+TABLE = WeightTable()
+compat.on_optimizer_step(TABLE.forget)  # fused optimizers do not bump the versions of what they step
+
+
+class Binding:
+    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in. Parameters are held weakly."""
+
+    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None]) -> None:
+        self._refs = [weakref.ref(p, lambda _: on_death()) for p in parameters]
+        self._fetch = fetch
+        self._inference = any(p.is_inference() for p in parameters)
+        self.tensors: list[Tensor] = []
+        self._state: object = None
+
+    def get(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Up-to-date tensors; the common case compares versions and addresses."""
+        state = self._now(parameters)
+        if state != self._state:
+            self.tensors = self._fetch(parameters)
+            self._state = self._now(parameters)
+        return self.tensors
+
+    def _now(self, parameters: Sequence[Tensor]) -> object:
+        versions = [] if self._inference else [p._version for p in parameters]
+        return versions, [p.data_ptr() for p in parameters], GENERATION[0]
+
+
+def owners() -> dict[int, tuple[nn.Module, str, str]]:
+    """id(parameter) -> (owning module, its full name in the outermost live module, name of the parameter). One scan of the live objects.
+
+    This is how sites are called the same whether a whole model is compiled or each of its layers.
+    """
+    import gc
+
+    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and not issubclass(type(o), torch.fx.GraphModule) and "_modules" in o.__dict__]
+    parents: dict[int, tuple[nn.Module, str]] = {}
+    for module in modules:
+        for name, child in module._modules.items():
+            if child is not None and not (name == "_orig_mod" or id(child) in parents):
+                parents[id(child)] = (module, name)
+
+    def full_name(module: nn.Module) -> str:
+        parts: list[str] = []
+        for _ in range(100):
+            above = parents.get(id(module))
+            if above is None:
+                break
+            module, name = above
+            parts.append(name)
+        return ".".join(reversed(parts))
+
+    names: dict[int, tuple[nn.Module, str, str]] = {}
+    for module in modules:
+        own = [(name, p) for name, p in module._parameters.items() if p is not None]
+        if own:
+            path = full_name(module)
+            for name, p in own:
+                if id(p) not in names or len(path) > len(names[id(p)][1]):
+                    names[id(p)] = (module, path, name)
+    return names
+
+
+def _guard_state_dict(p: nn.Parameter, table: WeightTable) -> None:
+    """``state_dict`` of the owning modules gives dequantized values for released weights; ``load_state_dict`` gives them storage first."""
+    import gc
+
+    for module in gc.get_objects():
+        if not issubclass(type(module), nn.Module) or not any(q is p for q in module.__dict__.get("_parameters", {}).values()):
+            continue
+        if "_qcompile_guarded" in module.__dict__:
+            continue
+        module.__dict__["_qcompile_guarded"] = True
+        module._register_state_dict_hook(_dequantize_released)
+        module.register_load_state_dict_pre_hook(_revive_released)
+
+
+def _dequantize_released(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    for name, p in module._parameters.items():
+        if p is not None and prefix + name in state:
+            record = TABLE.get(p)
+            if record is not None and record.released is not None:
+                state[prefix + name] = TABLE.restore(p)
+
+
+def _revive_released(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    for name, p in module._parameters.items():
+        if p is not None and prefix + name in state:
+            TABLE.revive(p)
