@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qcompile import compat
 from qcompile.core.errors import Skip
+from qcompile.core.layouts import BLOCK
 from qcompile.core.qtensor import QTensor, dequantize, value
 from qcompile.core.scheme import Scheme
 
@@ -58,7 +59,7 @@ def flat_scales(weight: Sequence[Tensor], s: Scheme, k: int) -> list[Tensor]:
     return [q.codes, value(q.scale), *zero]
 
 
-def _gpu_supports(c: Case) -> Skip | None:
+def gpu_supports(c: Case) -> Skip | None:
     if c.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return Skip(f"activations are {c.dtype}")
     if c.weight.fmt.kind == "table" and len(c.weight.fmt.values) > 16:
@@ -68,50 +69,44 @@ def _gpu_supports(c: Case) -> Skip | None:
     return None
 
 
-def source(s: Scheme, n: int, k: int, even_k: bool, dot_dtype: str) -> str:
-    """The Triton template. Scales multiply the product of a sub-tile where a sub-tile lies in one group, else the weight itself."""
+def loop(s: Scheme, n: int, k: int, dot_dtype: str) -> tiles.Loop:
+    """Products of 16- or 32-bit rows with decoded weights. Scales multiply the product of a sub-tile where a sub-tile lies in one group, else the weight itself."""
+    even_k = k % BLOCK == 0
     after = s.zero != "min" and tiles.whole_subtiles(s, k)
     per_row = s.extent(n, k)[1] >= k and s.zero == "none"
-    names = '"X", "W", "S"' + (', "Z"' if s.zero != "none" else "")
     x_mask = "" if even_k else ", mask=kk[None, :] < K, other=0.0"
-    body = [f"kk = k + h * {tiles.SUB} + tl.arange(0, {tiles.SUB})", f"x = tl.load(X + rm[:, None] * stride_xm + kk[None, :]{x_mask})"]
-    body.append(tiles.load_codes(s, even_k))
-    clamp = "tl.minimum(kk, K - 1)" if not even_k else "kk"  # addresses of scales stay inside a ragged last group
+    first = f"k + h * {tiles.SUB}" if even_k else f"tl.minimum(k + h * {tiles.SUB}, K - 1)"  # addresses of scales stay inside a ragged last group
+    precision = ', input_precision="tf32x3"' if dot_dtype == "tl.float32" else ""
+    body = [f"kk = k + h * {tiles.SUB} + tl.arange(0, {tiles.SUB})", f"x = tl.load(X + rm[:, None] * stride_xm + kk[None, :]{x_mask})", tiles.load_codes(s, even_k)]
     if after:
         body.append(tiles.decode(s, "tl.float32" if s.zero == "point" else dot_dtype))
-        first = f"tl.minimum(k + h * {tiles.SUB}, K - 1)" if not even_k else f"k + h * {tiles.SUB}"
         if s.zero == "point":
             body.append(f"w = (w - tl.load({tiles.group_index(s, n, k, 'Z', first)}).to(tl.float32)[:, None]).to({dot_dtype})")
-        part = "tl.dot(x.to(DOT), tl.trans(w), out_dtype=tl.float32PRECISION)".replace("DOT", dot_dtype)
+        part = f"tl.dot(x.to({dot_dtype}), tl.trans(w), out_dtype=tl.float32{precision})"
         body.append(f"acc += {part}" if per_row else f"acc += {part} * tl.load({tiles.group_index(s, n, k, 'S', first)}).to(tl.float32)[None, :]")
     else:
-        body += [f"kk = {clamp}", tiles.decode(s, "tl.float32"), f"scale = tl.load({tiles.group_index(s, n, k, 'S', 'kk')}).to(tl.float32)"]
+        body += ["" if even_k else "kk = tl.minimum(kk, K - 1)", tiles.decode(s, "tl.float32"), f"scale = tl.load({tiles.group_index(s, n, k, 'S', 'kk')}).to(tl.float32)"]
         zero = "" if s.zero == "none" else f"tl.load({tiles.group_index(s, n, k, 'Z', 'kk')}).to(tl.float32)"
         body.append({"none": "w = w * scale", "point": f"w = (w - {zero}) * scale", "min": f"w = w * scale - {zero}"}[s.zero])
-        body.append(f"acc += tl.dot(x.to({dot_dtype}), tl.trans(w.to({dot_dtype})), out_dtype=tl.float32PRECISION)")
-    precision = ', input_precision="tf32x3"' if dot_dtype == "tl.float32" else ""
-    lines = [f"{{{{def_kernel({names})}}}}", tiles.HEADER.strip("\n")]
-    if s.zero != "none":
-        lines.append('    stride_Zn = {{stride("Z", 0)}}')
-    lines += ["    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)", "    for k in range(0, K, 128):", "        for h in tl.static_range(2):"]
-    lines.append(tiles.block("\n".join(body), 3).replace("PRECISION", precision))
+        body.append(f"acc += tl.dot(x.to({dot_dtype}), tl.trans(w.to({dot_dtype})), out_dtype=tl.float32{precision})")
+    lines = ["    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)", "    for k in range(0, K, 128):", "        for h in tl.static_range(2):", tiles.block("\n".join(body), 3)]
     if after and per_row:
         lines.append(f"    acc = acc * tl.load({tiles.group_index(s, n, k, 'S', '0')}).to(tl.float32)[None, :]")
-    return "\n" + "\n".join(lines) + tiles.FOOTER
+    return tiles.Loop(() if s.zero == "none" else ("Z",), "\n".join(lines))
 
 
-def blocks(m: int | None, n: int) -> dict[str, int]:
-    """Tile sizes for M rows (None: dynamic)."""
-    rows = 64 if m is None else next((b for b in (16, 32, 64) if m <= b), 128)
+def blocks(m: int | None, scheme: Scheme, k: int) -> dict[str, int]:
+    """Tile sizes for M rows (None: dynamic). Scales that are read for each column take shared memory for every stage, so such tiles stay small."""
+    small = scheme.zero == "min" or not tiles.whole_subtiles(scheme, k)
+    rows = 64 if m is None else next((b for b in (16, 32, 64) if m <= b), 64 if small else 128)
     wide = rows == 128
-    return {"BLOCK_M": rows, "BLOCK_N": 128 if wide else 64, "GROUP_M": 8, "num_warps": 8 if wide else 4, "num_stages": 3}
+    return {"BLOCK_M": rows, "BLOCK_N": 128 if wide else 64, "GROUP_M": 8, "num_warps": 8 if wide else 4, "num_stages": 2 if small else 3}
 
 
 def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
     dot = compat.triton_dtype(c.dtype)
-    even = c.k % 128 == 0
     name = compat.template_name("linear", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
-    return compat.lower_template(name, lambda: source(c.weight, c.n, c.k, even, dot), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.n)])
+    return compat.lower_template(name, lambda: loop(c.weight, c.n, c.k, dot).kernel(tiles.HEADER, tiles.FOOTER), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.weight, c.k)])
 
 
 OP = Op(
@@ -120,6 +115,6 @@ OP = Op(
     reference,
     fake,
     case,
-    (Kernel("triton linear", "cuda", _gpu_supports, _gpu_lower),),
+    (Kernel("triton linear", "cuda", gpu_supports, _gpu_lower),),
     simplify,
 )

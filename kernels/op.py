@@ -25,7 +25,7 @@ NAMESPACE = "qcompile"
 
 @dataclass(frozen=True)
 class Case:
-    """What decides which kernel runs: device, dtype of the activations, schemes, and sizes (``m`` None where dynamic)."""
+    """What decides which kernel runs: device, dtype of the activations, schemes, and sizes (``m`` None where dynamic; ``experts`` above 1 for stacked weights)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -34,6 +34,7 @@ class Case:
     n: int
     k: int
     m: int | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True)

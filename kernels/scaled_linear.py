@@ -15,6 +15,7 @@ from torch import Tensor
 from qcompile import compat
 from qcompile.core.errors import OptionError, Skip
 from qcompile.core.formats import decode
+from qcompile.core.layouts import BLOCK
 from qcompile.core.qtensor import QTensor, dequantize, tile, untile
 from qcompile.core.scheme import GROUPS, Scheme
 
@@ -79,7 +80,7 @@ def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], sch
     return NotImplemented
 
 
-def _gpu_supports(c: Case) -> Skip | None:
+def gpu_supports(c: Case) -> Skip | None:
     assert c.input is not None
     x, w = c.input, c.weight
     if x.zero != "none":
@@ -97,46 +98,44 @@ def _gpu_supports(c: Case) -> Skip | None:
     return Skip(f"no tensor-core product of {x.fmt} and {w.fmt}")
 
 
-def source(x: Scheme, w: Scheme, n: int, k: int, even_k: bool) -> str:
-    """The Triton template: int32 or float32 sums; group scales applied to each sub-tile, whole-row scales once at the end."""
+def loop(x: Scheme, w: Scheme, n: int, k: int) -> tiles.Loop:
+    """Products of codes: int32 or float32 sums; group scales applied to each sub-tile, whole-row scales once at the end."""
+    even_k = k % BLOCK == 0
     integer = x.fmt.kind == "int"
-    by_group = w.extent(n, k)[1] < k or x.extent(1, k)[1] < k
-    names = '"X", "W", "S"' + (', "Z"' if w.zero != "none" else "") + ', "SX"'
-    mask = "" if even_k else ", mask=kk[None, :] < K, other=0"
+    x_columns = x.extent(1, k)[1]
+    by_group = w.extent(n, k)[1] < k or x_columns < k
+    mask = "" if even_k else f", mask=kk[None, :] < K, other={0 if integer else 0.0}"
     first = f"k + h * {tiles.SUB}" if even_k else f"tl.minimum(k + h * {tiles.SUB}, K - 1)"
     body = [f"kk = k + h * {tiles.SUB} + tl.arange(0, {tiles.SUB})", f"x = tl.load(X + rm[:, None] * stride_xm + kk[None, :]{mask})", tiles.load_codes(w, even_k)]
     body.append(tiles.decode(w, "tl.int8") if integer else "w = code")
     if w.zero == "point":
         body.append(f"w = (w - tl.load({tiles.group_index(w, n, k, 'Z', first)}).to(tl.int8)[:, None]).to(tl.int8)")
     out = "tl.int32" if integer else "tl.float32"
+    scale = f"tl.load({tiles.group_index(w, n, k, 'S', first if by_group else '0')}).to(tl.float32)[None, :]"
     if by_group:
-        body.append(f"part = tl.dot(x, tl.trans(w), out_dtype={out}).to(tl.float32) * tl.load({tiles.group_index(w, n, k, 'S', first)}).to(tl.float32)[None, :]")
-        if x.extent(1, k)[1] < k:
-            body.append(f"part = part * tl.load(SX + rm * stride_SXn + ({first}) // {x.extent(1, k)[1]})[:, None]")
+        body.append(f"part = tl.dot(x, tl.trans(w), out_dtype={out}).to(tl.float32) * {scale}")
+        if x_columns < k:
+            body.append(f"part = part * tl.load(SX + rm * {-(-k // x_columns)} + ({first}) // {x_columns})[:, None]")
         body.append("acc += part")
     else:
         body.append(f"acc = tl.dot(x, tl.trans(w), acc, out_dtype={out})")
-    lines = [f"{{{{def_kernel({names})}}}}", tiles.HEADER.strip("\n")]
-    if w.zero != "none":
-        lines.append('    stride_Zn = {{stride("Z", 0)}}')
-    if x.group != GROUPS["tensor"]:
-        lines.append('    stride_SXn = {{stride("SX", 0)}}')
-    lines += [f"    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype={'tl.float32' if by_group else out})", "    for k in range(0, K, 128):", "        for h in tl.static_range(2):"]
-    lines.append(tiles.block("\n".join(body), 3))
+    kind = "tl.float32" if by_group else out
+    lines = [f"    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype={kind})", "    for k in range(0, K, 128):", "        for h in tl.static_range(2):", tiles.block("\n".join(body), 3)]
     if not by_group:
-        lines.append(f"    acc = acc.to(tl.float32) * tl.load({tiles.group_index(w, n, k, 'S', '0')}).to(tl.float32)[None, :]")
+        lines.append(f"    acc = acc.to(tl.float32) * {scale}")
     if x.group == GROUPS["tensor"]:
         lines.append("    acc = acc * tl.load(SX)")
-    elif x.extent(1, k)[1] >= k:
-        lines.append("    acc = acc * tl.load(SX + rm * stride_SXn)[:, None]")
-    return "\n" + "\n".join(lines) + tiles.FOOTER
+    elif x_columns >= k:
+        lines.append("    acc = acc * tl.load(SX + rm)[:, None]")
+    return tiles.Loop((() if w.zero == "none" else ("Z",)) + ("SX",), "\n".join(lines))
 
 
 def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:
     assert c.input is not None
-    sx, sw, even = c.input, c.weight, c.k % 128 == 0
+    sx, sw = c.input, c.weight
     name = compat.template_name("scaled_linear", scheme, c.n if sw.group[0] != 1 else 0, c.k)
-    return compat.lower_template(name, lambda: source(sx, sw, c.n, c.k, even), [x, *weight, x_scale[0]], (compat.sizes(x)[0], c.n), [blocks(c.m, c.n)])
+    source = lambda: loop(sx, sw, c.n, c.k).kernel(tiles.HEADER, tiles.FOOTER)  # noqa: E731
+    return compat.lower_template(name, source, [x, *weight, x_scale[0]], (compat.sizes(x)[0], c.n), [blocks(c.m, sw, c.k)])
 
 
 OP = Op(
@@ -145,6 +144,6 @@ OP = Op(
     reference,
     fake,
     case,
-    (Kernel("triton scaled_linear", "cuda", _gpu_supports, _gpu_lower),),
+    (Kernel("triton scaled_linear", "cuda", gpu_supports, _gpu_lower),),
     simplify,
 )

@@ -7,6 +7,7 @@ A weight tile covers BLOCK_N rows (``rn``, taken modulo N) and 64 columns (``kk`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from textwrap import indent
 
 from qcompile.core.formats import Format
@@ -20,7 +21,7 @@ SUB = 64
 def load_codes(scheme: Scheme, even_k: bool) -> str:
     """Statements that set ``code`` (BLOCK_N, 64): raw unsigned codes (int32) of packed layouts, the stored dtype of plain ones. Needs W, rn, kk, h (0 or 1), k, K."""
     if scheme.packing == "plain":
-        mask = "" if even_k else ", mask=kk[None, :] < K, other=0"
+        mask = "" if even_k else f", mask=kk[None, :] < K, other={0 if scheme.fmt.kind == 'int' else 0.0}"
         return f"code = tl.load(W + rn[:, None] * stride_wn + kk[None, :]{mask})"
     bits = scheme.fmt.bits
     lines = [f"block = (k // {BLOCK}) * {BLOCK * bits // 8}", f"column = h * {SUB} + tl.arange(0, {SUB})"]
@@ -86,6 +87,20 @@ def whole_subtiles(scheme: Scheme, k: int) -> bool:
 def block(text: str, by: int) -> str:
     """Indent statements by ``by`` levels of four spaces."""
     return indent(text, " " * 4 * by)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The part of a template between its header and its store: pointer names beside X, W and S, and statements that leave the float32 tile in ``acc``."""
+
+    pointers: tuple[str, ...]
+    text: str
+
+    def kernel(self, header: str, footer: str, *more: str) -> str:
+        """A whole template: arguments, header, this loop, footer."""
+        names = ", ".join(f'"{name}"' for name in ("X", "W", "S", *self.pointers, *more))
+        strides = "".join(f'    stride_{name}n = {{{{stride("{name}", -2)}}}}\n' for name in self.pointers if name == "Z")
+        return f"\n{{{{def_kernel({names})}}}}\n{header.strip(chr(10))}\n{strides}{self.text}{footer}"
 
 
 HEADER = """

@@ -39,6 +39,10 @@ class Slot:
     path: str
 
 
+_PARTS = {"weight": ["codes", "scale", *(f"part{i}" for i in range(2, 9))], "range": ["range"]}
+"""Names of the placeholders of a slot, behind the name of its parameter."""
+
+
 @graph_pass(after=("match",))
 def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip)."""
@@ -121,10 +125,9 @@ class _Builder:
         if key not in self._inputs:
             tensors: Sequence[Tensor] = self.context.tensors(slot)
             like = next(p for p in self.gm.graph.find_nodes(op="placeholder") if "param" in p.meta and p.meta["param"].index == slot.arg)
-            parts = ["codes", "scale", "zero", "more"] if slot.what == "weight" else ["range", "zero"]
             made = []
             for i, tensor in enumerate(tensors):
-                made.append(compat.add_static_input(self.gm, f"{like.name}_{parts[min(i, len(parts) - 1)]}", tensor, self.context.fake_mode, like))
+                made.append(compat.add_static_input(self.gm, f"{like.name}_{_PARTS[slot.what][i]}", tensor, self.context.fake_mode, like))
                 made[-1].meta["packed"] = slot
             self._inputs[key] = made
             self.slots.append(slot)
@@ -136,7 +139,10 @@ def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
     op = OPS["linear"] if choice.input is None else OPS["scaled_linear"]
     dtype = value.dtype if choice.input is None else choice.input.fmt.dtype
     kernel, reason = op.choose(Case(value.device, dtype, choice.weight, choice.input, site.n, site.k, site.m))
-    return kernel.name if kernel is not None else (reason or Skip("no kernel"))
+    if kernel is not None:
+        return kernel.name
+    assert reason is not None
+    return reason
 
 
 def _input_scheme(gm: fx.GraphModule, site: Site) -> Scheme | None:

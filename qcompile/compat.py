@@ -80,14 +80,19 @@ def template_name(*parts: object) -> str:
     return "qcompile_" + re.sub(r"\W+", "_", "_".join(str(p) for p in parts)).strip("_")
 
 
-def lower_template(name: str, source: Callable[[], str], inputs: Sequence[Any], size: tuple[Any, Any], configs: Sequence[Mapping[str, int]]) -> Any:
-    """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues."""
+def lower_template(
+    name: str, source: Callable[[], str], inputs: Sequence[Any], size: tuple[Any, Any], configs: Sequence[Mapping[str, int]], grid: Callable[..., Any] | None = None
+) -> Any:
+    """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
+
+    ``grid(m, n, meta, cdiv)`` gives the number of programs; the default is one for each BLOCK_M x BLOCK_N tile.
+    """
     from torch._inductor import ir
     from torch._inductor.kernel.mm_common import mm_grid
-    from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
 
     if name not in _TEMPLATES:
-        _TEMPLATES[name] = TritonTemplate(name=name, grid=mm_grid, source=source())
+        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=source())
     nodes = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)) for node in inputs]
     layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))
     choices: list[Any] = []

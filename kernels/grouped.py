@@ -1,0 +1,164 @@
+"""``grouped_linear(x, x_scale, index, weight, scheme, by_row)``: rows of activations times the quantized weights of their own experts, for the 3-D parameters of mixtures of experts.
+
+Rows sorted by expert (``by_row=False``): ``index`` (E,) int32 holds the end of each expert's rows, as ``torch._grouped_mm`` takes it; rows behind the last end give zeros.
+One expert for each row (``by_row=True``): ``index`` (S,) names it, as transformers' ``batched_mm`` experts index their weights.
+Only the experts that some row names are read; no expert is ever dequantized whole on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+from qcompile.core.qtensor import QTensor, dequantize
+from qcompile.core.scheme import Scheme
+
+from . import linear, scaled_linear, tiles
+from .op import Case, Kernel, Op, target
+
+
+def parse(scheme: str) -> tuple[Scheme | None, Scheme]:
+    """(input or None, weight) of the op's string."""
+    return scaled_linear.parse(scheme) if " @ " in scheme else (None, Scheme.parse(scheme))
+
+
+def reference(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Sequence[Tensor], scheme: str, by_row: bool) -> Tensor:
+    """(S, K) -> (S, N), float32; ``weight`` as ``QTensor.flatten`` of an (E, N, K) tensor. One product for each expert that has rows."""
+    sx, sw = parse(scheme)
+    y = x.float() if sx is None else scaled_linear.values(x, x_scale, sx)
+    out = torch.zeros((x.shape[0], weight[0].shape[-2]), dtype=torch.float32, device=x.device)
+    for expert, rows in _rows(index, by_row, weight[0].shape[0]):
+        out[rows] = y[rows] @ dequantize(QTensor.unflatten([t[expert] for t in weight], sw, x.shape[-1])).T
+    return out
+
+
+def _rows(index: Tensor, by_row: bool, experts: int) -> list[tuple[int, Any]]:
+    """(expert, its rows) for each expert with rows."""
+    if by_row:
+        return [(e, (index == e).nonzero().flatten()) for e in sorted(set(index.tolist())) if 0 <= e < experts]
+    ends = index.tolist()
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
+
+
+def fake(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Sequence[Tensor], scheme: str, by_row: bool) -> Tensor:
+    """Shape and dtype of ``reference``."""
+    return x.new_empty((x.shape[0], weight[0].shape[-2]), dtype=torch.float32)
+
+
+def case(x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Case:
+    """The case of one call; tensors and IR nodes alike."""
+    sx, sw = parse(scheme)
+    return Case(compat.device_of(x), x.dtype, sw, sx, int(compat.sizes(weight[0])[-2]), int(compat.sizes(x)[-1]), compat.static_int(compat.sizes(x)[0]), int(compat.sizes(weight[0])[0]))
+
+
+def simplify(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Sequence[Tensor], scheme: str, by_row: bool) -> Any:
+    """Quantized weight scales to float32 scales."""
+    sx, sw = parse(scheme)
+    if sw.scale is None:
+        return NotImplemented
+    flat = str(linear.unnested(sw))
+    return target("grouped_linear")(x, list(x_scale), index, linear.flat_scales(weight, sw, x.shape[-1]), f"{sx} @ {flat}" if sx else flat, by_row)
+
+
+def _gpu_supports(c: Case) -> Skip | None:
+    return linear.gpu_supports(c) if c.input is None else scaled_linear.gpu_supports(c)
+
+
+# A tile belongs to one expert. Programs count tiles expert by expert; the rows behind the last expert's end form one more group, which stores zeros.
+SORTED = """
+    M = {{size("X", 0)}}
+    K = {{size("X", 1)}}
+    N = {{size("W", 1)}}
+    if M * N == 0:
+        return
+    grid_n = (N + BLOCK_N - 1) // BLOCK_N
+    pid_n = tl.program_id(0) % grid_n
+    number = tl.program_id(0) // grid_n
+    e = tl.arange(0, EXPERTS_2)
+    ends = tl.load(INDEX + tl.minimum(e, EXPERTS - 1))
+    ends = tl.where(e < EXPERTS, ends, M)
+    starts = tl.where(e == 0, 0, tl.load(INDEX + tl.maximum(tl.minimum(e, EXPERTS) - 1, 0)))
+    starts = tl.where(e > EXPERTS, M, starts)
+    count = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    before = tl.cumsum(count, 0) - count
+    mine = (before <= number) & (number < before + count)
+    if tl.sum(mine.to(tl.int32), 0) == 0:
+        return
+    expert = tl.sum(tl.where(mine, e, 0), 0)
+    row = tl.sum(tl.where(mine, starts + (number - before) * BLOCK_M, 0), 0)
+    end = tl.sum(tl.where(mine, ends, 0), 0)
+    live = expert < EXPERTS
+    expert = tl.minimum(expert, EXPERTS - 1)
+    rm = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+"""
+
+BY_ROW = """
+    M = {{size("X", 0)}}
+    K = {{size("X", 1)}}
+    N = {{size("W", 1)}}
+    if M * N == 0:
+        return
+    grid_n = (N + BLOCK_N - 1) // BLOCK_N
+    pid_n = tl.program_id(0) % grid_n
+    row = tl.program_id(0) // grid_n
+    end = row + 1
+    expert = tl.load(INDEX + row).to(tl.int32)
+    live = (expert >= 0) & (expert < EXPERTS)
+    expert = tl.minimum(tl.maximum(expert, 0), EXPERTS - 1)
+    rm = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+"""
+
+COMMON = """
+    rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+    stride_xm = {{stride("X", 0)}}
+    stride_wn = {{stride("W", 1)}}
+    stride_Sn = {{stride("S", 1)}}
+    W = W + expert.to(tl.int64) * {{stride("W", 0)}}
+    S = S + expert.to(tl.int64) * {{stride("S", 0)}}
+"""
+
+FOOTER = """
+    acc = tl.where(live, acc, 0.0)
+    idx_m = (row + tl.arange(0, BLOCK_M))[:, None]
+    idx_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    mask = (idx_m < end) & (idx_n < N)
+    {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
+"""
+
+
+def sorted_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """At most one ragged tile for each expert, and one for the rows behind them."""
+    return ((cdiv(m, meta["BLOCK_M"]) + meta["EXPERTS"] + 1) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
+def row_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """One tile of columns of one row for each program."""
+    return (m * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
+def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Any:
+    dot = "" if c.input is not None else compat.triton_dtype(c.dtype)
+    body = linear.loop(c.weight, c.n, c.k, dot) if c.input is None else scaled_linear.loop(c.input, c.weight, c.n, c.k)
+    zero = '    Z = Z + expert.to(tl.int64) * {{stride("Z", 0)}}\n' if c.weight.zero != "none" else ""
+    header = (BY_ROW if by_row else SORTED).rstrip("\n") + COMMON + zero
+    name = compat.template_name("grouped", "row" if by_row else "sorted", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
+    rows = 16 if by_row or c.m is None or c.m <= 8 * c.experts else 64
+    config = {"BLOCK_M": rows, "BLOCK_N": 64, "EXPERTS": c.experts, "EXPERTS_2": 1 << c.experts.bit_length(), "num_warps": 4, "num_stages": 3}
+    inputs = [x, *weight, *x_scale[:1], index]
+    return compat.lower_template(name, lambda: body.kernel(header, FOOTER, "INDEX"), inputs, (compat.sizes(x)[0], c.n), [config], row_grid if by_row else sorted_grid)
+
+
+OP = Op(
+    "grouped_linear",
+    "(Tensor x, Tensor[] x_scale, Tensor index, Tensor[] weight, str scheme, bool by_row) -> Tensor",
+    reference,
+    fake,
+    case,
+    (Kernel("triton grouped_linear", "cuda", _gpu_supports, _gpu_lower),),
+    simplify,
+)
