@@ -1,28 +1,31 @@
 """Name every linear, its role and its kin; leave alone, with a reason, what should not be quantized.
 
 Roles are read off the graph, not off a table of architectures: a *router* is a linear whose output reaches ``topk`` through pointwise ops, softmax and views;
-the *head* is a linear whose weight has the shape of an embedding table of the graph (tied or not), or is called ``lm_head``.
+the *head* is a linear whose weight has the shape of the graph's largest embedding table (tied or not) and whose output is an output of the graph, or is called ``lm_head``.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from . import experts
 from .infra import graph_pass
-from .normalize import LINEAR
-from .sites import Param, Role, Site, example, rows
+from .normalize import LINEAR, is_element
+from .sites import CASTS, Param, Role, Site, example, rows, view
 
 HEAD_NAMES = ("lm_head",)
 REACH = 24
-"""Nodes that the search for ``topk`` looks at before it gives up."""
+"""Nodes that a search looks at before it gives up."""
 TRANSPARENT = {
     torch.softmax, torch.sigmoid, F.softmax, torch.nn.functional.sigmoid, torch.add, torch.mul, operator.add, operator.mul, operator.iadd, operator.truediv, torch.div, operator.getitem,
-    "softmax", "sigmoid", "float", "to", "view", "reshape", "unsqueeze", "squeeze", "add", "mul", "div", "log_softmax", F.log_softmax, "flatten", "masked_fill", "masked_fill_", "type", "sum", "topk",
+    "softmax", "sigmoid", "float", "to", "view", "reshape", "unsqueeze", "squeeze", "add", "mul", "div", "log_softmax", F.log_softmax, "flatten", "masked_fill", "masked_fill_", "type", "sum", "tanh", torch.tanh, "transpose", "contiguous", "clone", "detach",
 }  # fmt: skip
 
 
@@ -33,15 +36,14 @@ def find_sites(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     sites: dict[str, Site] = {}
     readers: dict[tuple[fx.Node, int], list[str]] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target is not LINEAR:
+        found = _find(node)
+        if found is None:
             continue
-        parameter, view = source_of(node.args[1])
-        if parameter is None:
-            continue
-        site = _site(node, parameter, view, tables, sites)
+        x, parameter, view = found
+        site = _site(node, x, parameter, view, tables, sites)
         sites[site.name] = site
         node.meta["site"] = site.name
-        readers.setdefault((node.args[0], site.k), []).append(site.name)
+        readers.setdefault((x, site.k), []).append(site.name)
     for names in readers.values():
         for name in names:
             sites[name] = _with_kin(sites[name], tuple(names))
@@ -50,50 +52,61 @@ def find_sites(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     return gm
 
 
+def _find(node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
+    """(rows, parameter, view) of a linear or of a product with experts."""
+    if node.op != "call_function":
+        return None
+    if node.target is LINEAR:
+        parameter, view = source_of(node.args[1])
+        return (node.args[0], parameter, view) if parameter is not None else None  # type: ignore[return-value]
+    product = experts.resolve(node)
+    return (product.x, product.weight, product.view) if isinstance(product, experts.Experts) else None
+
+
 def source_of(weight: Any) -> tuple[fx.Node | None, str]:
     """(parameter placeholder, view) of a canonical weight argument; (None, "") where the weight is no parameter. Casts, which autocast and models write, are seen through."""
-    node, view = weight, ""
-    while isinstance(node, fx.Node) and node.op == "call_method":
+    node, steps = weight, []
+    while isinstance(node, fx.Node) and node.op != "placeholder":
         if node.target == "t":
-            view = "" if view == "t" else "t"
+            steps.append("t")
         elif node.target == "flatten":
-            view = "flat"
-        elif node.target not in ("to", "float", "half", "bfloat16", "contiguous", "detach", "type"):
+            steps.append("flat")
+        elif is_element(node):
+            steps.append(f"[{node.args[1]}]")
+        elif node.target not in CASTS:
             return None, ""
         node = node.args[0]
-    if isinstance(node, fx.Node) and node.op == "placeholder" and "param" in node.meta:
-        return node, view
+    if isinstance(node, fx.Node) and "param" in node.meta:
+        return node, ".".join(reversed(steps))
     return None, ""
 
 
-def _site(node: fx.Node, parameter: fx.Node, view: str, tables: set[tuple[int, int]], taken: dict[str, Site]) -> Site:
+def _site(node: fx.Node, x: fx.Node, parameter: fx.Node, how: str, tables: set[tuple[int, int]], taken: dict[str, Site]) -> Site:
     param: Param = parameter.meta["param"]
     value = parameter.meta["example_value"]
-    matrix = value.t() if view == "t" else value.flatten(1) if view == "flat" else value
-    n, k = int(matrix.shape[0]), int(matrix.shape[1])
+    *stack, n, k = (int(size) for size in view(value, how).shape)
     path = param.path.removesuffix(".weight")
     name, again = path, 2
     while name in taken:
         name, again = f"{path}@{again}", again + 1
-    x = example(node.args[0])
-    m = rows(x.shape) if x is not None else 0
-    return Site(name, path, param, view, n, k, role=_role(node, path, (n, k), tables), m=m, dtype=value.dtype, device=value.device.type)
+    rows_of = example(x)
+    role: Role = "experts" if stack or "[" in how else _role(node, path, (n, k), tables)
+    m = rows(rows_of.shape) if rows_of is not None else 0
+    return Site(name, path, param, how, n, k, stack[0] if stack else 1, role, m, value.dtype, value.device.type)
 
 
 def _with_kin(site: Site, kin: tuple[str, ...]) -> Site:
-    from dataclasses import replace
-
     return replace(site, kin=tuple(name for name in kin if name != site.name))
 
 
 def _role(node: fx.Node, path: str, shape: tuple[int, int], tables: set[tuple[int, int]]) -> Role:
-    if shape in tables or path.rpartition(".")[2] in HEAD_NAMES:
+    if path.rpartition(".")[2] in HEAD_NAMES or (shape in tables and _reaches(node, lambda user: user.op == "output")):
         return "head"
-    return "router" if _reaches_topk(node) else "linear"
+    return "router" if _reaches(node, lambda user: user.target in (torch.topk, "topk")) else "linear"
 
 
 def _embedding_shapes(gm: fx.GraphModule) -> set[tuple[int, int]]:
-    """Shapes of the tables that token ids look up. Only those with integer inputs of the graph behind the look-up would be token tables; position tables never match a linear in practice."""
+    """Shape of the largest table that ids look up: the vocabulary. Smaller ones are positions and types, whose shapes a linear may share by chance."""
     found = set()
     for node in gm.graph.nodes:
         if node.target in (F.embedding, torch.embedding):
@@ -101,14 +114,16 @@ def _embedding_shapes(gm: fx.GraphModule) -> set[tuple[int, int]]:
             value = example(table)
             if value is not None and value.dim() == 2 and isinstance(table, fx.Node) and "param" in table.meta:
                 found.add((int(value.shape[0]), int(value.shape[1])))
-    return found
+    most = max((rows for rows, _ in found), default=0)
+    return {shape for shape in found if shape[0] == most}
 
 
-def _reaches_topk(node: fx.Node) -> bool:
+def _reaches(node: fx.Node, goal: Callable[[fx.Node], bool]) -> bool:
+    """A user that is the goal lies behind the node through pointwise ops, softmax and views alone."""
     front, seen = [node], {node}
     while front and len(seen) < REACH:
         for user in front.pop(0).users:
-            if user.target in (torch.topk, "topk"):
+            if goal(user):
                 return True
             if user not in seen and user.target in TRANSPARENT:
                 seen.add(user)

@@ -22,9 +22,9 @@ from qcompile.kernels import OPS
 from qcompile.kernels.op import Case, target
 from qcompile.kernels.scaled_linear import spell
 
+from . import experts
 from .infra import graph_pass
-from .normalize import CASTS
-from .sites import Site, example
+from .sites import CASTS, Site, example
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,18 @@ class _Builder:
         self._quantized: dict[tuple[fx.Node, str, str], list[fx.Node]] = {}
 
     def rewrite(self, node: fx.Node, site: Site, choice: Choice) -> None:
+        """Replace one site's node."""
         graph = self.gm.graph
-        x, _, bias = (*node.args, None)[:3]
         weight = self._placeholders(Slot("weight", site.param.index, site.view, choice.weight, site.name, site.path))
         self.kernels[site.name] = kernel_for(site, choice, example(node))
+        product = experts.resolve(node)
         with graph.inserting_before(node):
-            x = self._cast(graph, x, node)
-            if choice.input is None:
-                y = graph.call_function(target("linear"), (x, weight, str(choice.weight)))
+            if isinstance(product, experts.Experts):
+                y, out = self._grouped(graph, node, site, choice, product, weight)
             else:
-                codes, *scale = self._quantize(graph, x, site, choice.input)
-                y = graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
-            y.meta = {**node.meta}
-            out = graph.call_function(torch.add, (y, bias)) if bias is not None else y
-            dtype = example(node).dtype
-            if dtype != torch.float32:
-                out = graph.call_method("to", (out, dtype))
-        out.meta = {**node.meta} if out is not y else y.meta
+                y, out = self._linear(graph, node, site, choice, weight)
+        y.meta = {**node.meta}
+        out.meta = {**node.meta}
         if out is not y:
             y.meta.pop("example_value", None)
             out.meta.pop("site", None)
@@ -93,6 +88,49 @@ class _Builder:
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         out.name = name
+
+    def _linear(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """(the product, what replaces the node)."""
+        x, _, bias = (*node.args, None)[:3]
+        assert isinstance(x, fx.Node)
+        x = self._cast(graph, x, node)
+        if choice.input is None:
+            y = graph.call_function(target("linear"), (x, weight, str(choice.weight)))
+        else:
+            codes, *scale = self._quantize(graph, x, site, choice.input)
+            y = graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
+        out = graph.call_function(torch.add, (y, bias)) if bias is not None else y
+        return y, self._to(graph, out, example(node).dtype)
+
+    def _grouped(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, product: experts.Experts, weight: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """Rows to (S, K), the product, and back to the shape that the node had."""
+        x, index = product.x, product.index
+        if product.form == "dense":  # (E, T, K): expert e has the rows e * T .. (e + 1) * T
+            rows = graph.call_method("size", (x, 1))
+            ends = graph.call_function(torch.arange, (1, site.experts + 1), {"dtype": torch.int32, "device": example(x).device})
+            index = graph.call_function(torch.mul, (ends, rows))
+            flat = graph.call_method("flatten", (x, 0, 1))
+            flat.meta["example_value"] = example(x).flatten(0, 1)
+            x = flat
+        elif product.form != "sorted":
+            axis = -1 if product.form == "weight_first" else 1
+            flat = graph.call_method("squeeze", (x, axis))
+            flat.meta["example_value"] = example(x).squeeze(axis)
+            x = flat
+        codes, scale = x, []
+        if choice.input is not None:
+            codes, *scale = self._quantize(graph, x, site, choice.input)
+        scheme = str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
+        y = graph.call_function(target("grouped_linear"), (codes, scale, index, weight, scheme, product.form in ("weight_first", "rows_first")))
+        out = self._to(graph, y, example(node).dtype)
+        if product.form == "dense":
+            out = graph.call_method("unflatten", (out, 0, (site.experts, -1)))
+        elif product.form != "sorted":
+            out = graph.call_method("unsqueeze", (out, -1 if product.form == "weight_first" else 1))
+        return y, out
+
+    def _to(self, graph: fx.Graph, y: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return y if dtype == torch.float32 else graph.call_method("to", (y, dtype))
 
     def _cast(self, graph: fx.Graph, x: fx.Node, node: fx.Node) -> fx.Node:
         """Under autocast a linear reads its input in another dtype than it gets; here that cast is written out."""
@@ -136,9 +174,9 @@ class _Builder:
 
 def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
     """The kernel that Inductor will use, by the same rule that the op applies when it is traced."""
-    op = OPS["linear"] if choice.input is None else OPS["scaled_linear"]
+    op = OPS["grouped_linear" if site.experts > 1 else "linear" if choice.input is None else "scaled_linear"]
     dtype = value.dtype if choice.input is None else choice.input.fmt.dtype
-    kernel, reason = op.choose(Case(value.device, dtype, choice.weight, choice.input, site.n, site.k, site.m))
+    kernel, reason = op.choose(Case(value.device, dtype, choice.weight, choice.input, site.n, site.k, site.m, site.experts))
     if kernel is not None:
         return kernel.name
     assert reason is not None

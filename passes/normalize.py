@@ -15,14 +15,14 @@ from torch import fx
 
 from qcompile.core.errors import Skip
 
-from .infra import graph_pass
-from .sites import LeftAlone, example
+from . import experts
+from .infra import graph_pass, target_name
+from .sites import CASTS, LeftAlone, example, is_transpose
 
 LINEAR = F.linear
 MATMULS = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"}
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, F.conv1d, F.conv2d}
 OTHERS = {torch.bmm, torch.baddbmm, torch.einsum, torch.addbmm, "bmm", "baddbmm", torch.conv3d, F.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, F.bilinear}
-CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}
 
 
 @graph_pass()
@@ -43,34 +43,26 @@ def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
 
 
 def parameter_of(node: Any) -> tuple[fx.Node, bool] | Skip:
-    """Follow casts and transposes back to a parameter: (placeholder, transposed), or why there is none."""
+    """Follow casts and transposes back to a parameter, or to one of stacked parameters: (node, transposed), or why there is none."""
     transposed = False
     start = node
     while isinstance(node, fx.Node):
-        if node.op == "placeholder":
-            return (node, transposed) if "param" in node.meta else Skip("the second factor is not a parameter")
-        if node.target in CASTS or (node.target is getattr and node.args[1] in ("data",)):
+        if node.op == "placeholder" or is_element(node):
+            known = node.op != "placeholder" or "param" in node.meta
+            return (node, transposed) if known else Skip("the second factor is not a parameter")
+        if node.target in CASTS or (node.target is getattr and node.args[1] == "data"):
             node = node.args[0]
-        elif _is_transpose(node):
+        elif is_transpose(node):
             node, transposed = node.args[0], not transposed
         else:
             break
-    return Skip(f"the weight is computed in the graph ({getattr(start, 'target', start)})")
+    return Skip(f"the weight is computed in the graph ({target_name(getattr(start, 'target', start))})")
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    if node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT")):
-        value = example(node.args[0])
-        return value is not None and (value.dim() == 2 or node.args[1:] == ("mT",))
-    value = example(node.args[0]) if node.args else None
-    if value is None or not isinstance(value, torch.Tensor):
-        return False
-    if node.target in ("transpose", torch.transpose, "swapaxes"):
-        return sorted(int(d) % value.dim() for d in node.args[1:3]) == [value.dim() - 2, value.dim() - 1]
-    if node.target in ("permute", torch.permute):
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        return value.dim() == 2 and [int(d) % 2 for d in order] == [1, 0]
-    return False
+def is_element(node: fx.Node) -> bool:
+    """``W[3]`` of a 3-D parameter."""
+    source = node.args[0] if node.args else None
+    return node.target is operator.getitem and isinstance(node.args[1], int) and isinstance(source, fx.Node) and "param" in source.meta and example(source).dim() == 3
 
 
 def _linear(graph: fx.Graph, node: fx.Node) -> Skip | None:
@@ -139,6 +131,9 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
 
 
 def _other(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    found = experts.resolve(node)
+    if found is not None:
+        return found if isinstance(found, Skip) else None
     return Skip(f"{getattr(node.target, '__name__', node.target)} is no linear layer") if _parameters(node) else None
 
 
@@ -147,7 +142,7 @@ RULES = (
     (lambda n: n.target in (torch.addmm, "addmm"), _addmm),
     (lambda n: n.target in MATMULS, _matmul),
     (lambda n: n.target in CONVOLUTIONS, _convolution),
-    (lambda n: n.target in OTHERS, _other),
+    (lambda n: n.target in OTHERS or experts.is_grouped(n.target), _other),
 )
 
 
@@ -184,7 +179,7 @@ def _parameters(node: fx.Node) -> list[fx.Node]:
         for _ in range(8):
             if source.op == "placeholder" or not source.all_input_nodes or source.op == "call_module":
                 break
-            if source.op == "call_method" or _is_transpose(source) or source.target in (getattr, operator.getitem):
+            if source.op == "call_method" or is_transpose(source) or source.target in (getattr, operator.getitem):
                 source = source.all_input_nodes[0]
             else:
                 break

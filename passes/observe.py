@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qcompile import compat
 from qcompile.core.recipe import Choice
 
+from . import experts
 from .infra import graph_pass
 from .sites import Site
 
@@ -28,6 +29,14 @@ def static_sites(gm: fx.GraphModule) -> list[Site]:
     return [gm.meta["sites"][name] for name, choice in gm.meta["plan"].items() if isinstance(choice, Choice) and choice.input is not None and choice.input.static]
 
 
+def input_of(node: fx.Node) -> fx.Node:
+    """What a site reads."""
+    product = experts.resolve(node)
+    x = product.x if isinstance(product, experts.Experts) else node.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
 class Observer(fx.Interpreter):
     """Interprets a captured graph and hands the input of every named site to ``see(site name, x)``."""
 
@@ -36,8 +45,8 @@ class Observer(fx.Interpreter):
         self._names, self._see = names, see
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.meta.get("site") in self._names and isinstance(n.args[0], fx.Node):
-            self._see(n.meta["site"], self.env[n.args[0]])
+        if n.meta.get("site") in self._names:
+            self._see(n.meta["site"], self.env[input_of(n)])
         return super().run_node(n)
 
 

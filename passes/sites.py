@@ -25,7 +25,7 @@ class Param:
 class Site:
     """A found linear. ``name`` is unique in the graph; ``path`` is what rules match (the module's name, or the parameter's where it is not called "weight").
 
-    ``view`` says how the (experts,) N x K matrix is read off the parameter: "" as it is, "t" its last two axes swapped, "flat" everything after the first axis flattened.
+    ``view`` says how the (experts,) N x K matrix is read off the parameter (see the function of that name).
     ``kin`` are the sites that read the same input; ``m`` the rows of the example input.
     """
 
@@ -68,11 +68,35 @@ class LeftAlone:
     reason: str
 
 
+CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}
+"""Methods that leave the meaning of a weight alone."""
+
+
 def view(parameter: Tensor, how: str) -> Tensor:
-    """The (experts,) N x K matrix of a site."""
-    if how == "t":
-        return parameter.transpose(-1, -2)
-    return parameter.flatten(1) if how == "flat" else parameter
+    """The (experts,) N x K matrix of a site: steps "[3]" (one of stacked weights), "t" (last two axes swapped) and "flat", joined by dots."""
+    for step in how.split(".") if how else ():
+        if step == "t":
+            parameter = parameter.transpose(-1, -2)
+        elif step == "flat":
+            parameter = parameter.flatten(1)
+        else:
+            parameter = parameter[int(step[1:-1])]
+    return parameter
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """The node swaps the last two axes of its input (the only two, for ``t`` and ``T``)."""
+    value = example(node.args[0]) if node.args else None
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    if node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT")):
+        return value.dim() == 2 or node.args[1:] == ("mT",)
+    if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes):
+        return sorted(int(d) % value.dim() for d in node.args[1:3]) == [value.dim() - 2, value.dim() - 1]
+    if node.target in ("permute", torch.permute):
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return value.dim() == 2 and [int(d) % 2 for d in order] == [1, 0]
+    return False
 
 
 def example(node: Any) -> Any:

@@ -2,7 +2,8 @@
 
 A format of at most 8 bits is an integer grid, a minifloat (four numbers describe it) or a table of values (NF4, FP4, a learned codebook).
 A code is an integer; ``decode`` gives its value. Invariants, each tested for every row: ``encode(decode(c)) == c`` up to the sign of zero,
-``encode`` is monotone, and what lies outside the range saturates. Ties go to the even code, as in IEEE 754.
+``encode`` is monotone, and what lies outside the range saturates. Ties go to the even code, as in IEEE 754; in a table to the lower one, as in bitsandbytes.
+NaN stays NaN where a native format has a code for it and is zero elsewhere, on every device.
 
 >>> int(encode(torch.tensor(300.0), FORMATS["int8"]))
 127
@@ -113,10 +114,11 @@ def table(fmt: Format) -> Tensor:
 def encode(x: Tensor, fmt: Format) -> Tensor:
     """Nearest code of each value, in ``fmt.dtype``; ties to the even code, out of range saturates. ``x`` is any float dtype and any shape."""
     x = x.float()
+    if fmt.kind == "float" and fmt.native is not None:
+        return x.clamp(fmt.lo, fmt.hi).to(fmt.native)
+    x = torch.where(x.isnan(), 0.0, x)
     if fmt.kind == "int":
         return x.round().clamp(fmt.lo, fmt.hi).to(fmt.dtype)
-    if fmt.native is not None:
-        return x.clamp(fmt.lo, fmt.hi).to(fmt.native)
     if fmt.kind == "table":
         middle = [(a + b) / 2 for a, b in pairwise(fmt.values)]
         if type(x) is Tensor:
@@ -128,13 +130,17 @@ def encode(x: Tensor, fmt: Format) -> Tensor:
 def _encode_minifloat(x: Tensor, fmt: Format) -> Tensor:
     """code = n + (e - e_min) * 2**man, where n = |x| / 2**(e - man) rounded to even; below the least normal exponent e_min, e is e_min.
 
-    A carry out of n moves on to the next binade by itself. Exponents are read and made in the bits of float32.
+    A carry out of n moves on to the next binade by itself. Exponents are read and made in the bits of float32. Without mantissa bits the parity of n says
+    nothing about the code's, so that ties (n = 1.5) are decided by the exponent.
     """
     magnitude = x.abs().clamp(max=fmt.hi)
     least = 1 - _bias(fmt)
     e = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=least)
     step = ((e - fmt.man + 127) << 23).view(torch.float32)
-    n = (magnitude / step).round().to(torch.int32)
+    ratio = magnitude / step
+    n = ratio.round().to(torch.int32)
+    if fmt.man == 0:
+        n = n - ((ratio == 1.5) & ((e - least) % 2 == 1)).to(torch.int32)
     code = n + ((e - least) << fmt.man)
     return (code + torch.signbit(x).to(torch.int32) * 2 ** (fmt.bits - 1)).to(torch.uint8)
 

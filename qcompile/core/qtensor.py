@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import WeightError
 from .formats import decode, encode
 from .layouts import LAYOUTS
-from .ranges import RANGES, round_up
+from .ranges import RANGES, TINY, round_up
 from .scheme import Scheme
 
 SCALE_DTYPE = torch.bfloat16
@@ -84,21 +84,29 @@ def untile(t: Tensor, n: int, k: int) -> Tensor:
 
 
 def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:
-    """Round to nearest. ``x``: (..., N, K), any float dtype, at least 2-D. Raises WeightError, naming ``name``, where ``x`` is not finite."""
-    if not bool(torch.isfinite(x).all()):
-        bad = ~torch.isfinite(x)
-        first = tuple(bad.nonzero()[0].tolist())
-        raise WeightError(f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)} has {int(bad.sum())} values that are NaN or infinite, the first at {first}; it cannot be quantized")
+    """Round to nearest. ``x``: (..., N, K), any float dtype, at least 2-D. Raises WeightError, naming ``name``, where ``x`` is not finite or the format has no sign for it."""
+    _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
     t = tile(x.detach().float(), scheme.extent(*x.shape[-2:]))
     scale, zero = RANGES[rule](t, scheme, (-3, -1))
     return assign(t, scale, zero, scheme, x.shape, name, scale_dtype)
+
+
+def _check(x: Tensor, scheme: Scheme, what: str) -> None:
+    if x.dim() < 2 or x.numel() == 0:
+        raise WeightError(f"{what} cannot be quantized: a weight is (..., N, K) and holds values")
+    if not bool(torch.isfinite(x).all()):
+        bad = ~torch.isfinite(x)
+        first = tuple(bad.nonzero()[0].tolist())
+        raise WeightError(f"{what} has {int(bad.sum())} values that are NaN or infinite, the first at {first}; it cannot be quantized")
+    if scheme.zero == "none" and scheme.fmt.lo == 0 and bool((x < 0).any()):
+        raise WeightError(f"{what} has negative values, which {scheme} cannot hold; give the scheme a zero ('point' or 'min') or a signed format")
 
 
 def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:
     """Codes of the tiled values ``t`` under a given scale and zero (both (..., N/r, 1, K/c, 1)); stores the scale first, so that codes match what is stored."""
     n, k = shape[-2:]
     stored = _store(scale, scheme, name, scale_dtype)
-    s = value(stored)[..., :, None, :, None]
+    s = value(stored).clamp(min=TINY)[..., :, None, :, None]  # a quantized scale may have become zero; its group then reads as zeros
     held: Tensor | QTensor | None = None
     if zero is None:
         y = t / s

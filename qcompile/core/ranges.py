@@ -52,6 +52,7 @@ RANGES: dict[str, RangeRule] = {"absmax": absmax}
 
 
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` in ``dtype``, never below it, so that a maximum is not clipped by the rounding of its own scale."""
+    """``scale`` in ``dtype``, never below it, so that a maximum is not clipped by the rounding of its own scale; at most the dtype's greatest value."""
     low = scale.to(dtype)
-    return torch.where(low.float() < scale, torch.nextafter(low, torch.full_like(low, float("inf"))), low)
+    up = torch.where(low.float() < scale, torch.nextafter(low, torch.full_like(low, float("inf"))), low)
+    return up.clamp(max=torch.finfo(dtype).max)

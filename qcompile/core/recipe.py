@@ -109,7 +109,7 @@ def find_recipe(name: str | Recipe) -> Recipe:
     """A preset by its name, in any case, or a Recipe as it is. Raises OptionError with the list."""
     if isinstance(name, Recipe):
         return name
-    key = name.upper().replace("-", "_") if isinstance(name, str) else name
+    key = str(name).upper().replace("-", "_")
     if key not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[key]

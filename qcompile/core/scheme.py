@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import OptionError, unknown
 from .formats import FORMATS, Format, find
@@ -42,6 +42,18 @@ class Scheme:
     scale: Scheme | None = None
     layout: str = ""
 
+    def __post_init__(self) -> None:
+        if self.static and self.group != GROUPS["tensor"]:
+            raise OptionError(f"scheme '{self}': a static range is one for the tensor; write '{self.fmt.name}.tensor.static'")
+        if self.zero == "point" and self.fmt.kind != "int":
+            raise OptionError(f"scheme '{self}': an integer zero point needs an integer format; 'min' works for every format")
+        if self.layout == "planes" and self.fmt.bits == 8:
+            raise OptionError(f"scheme '{self}': codes of 8 bits fill their bytes; 'planes' packs narrower ones")
+        if self.scale is not None and self.scale.static:
+            raise OptionError(f"scheme '{self}': scales have no static range; write '/{replace(self.scale, static=False)}'")
+        if self.zero == "min" and self.fmt.lo != 0 and self.scale is not None and self.scale.fmt.lo == 0 and self.scale.zero == "none":
+            raise OptionError(f"scheme '{self}': minima of {self.fmt} may be negative, which '{self.scale}' cannot hold; take an unsigned format for the weight or a signed one for the scales")
+
     def __str__(self) -> str:
         named = next((name for name, group in GROUPS.items() if group == self.group), "")
         group = named or (f"g{self.group[1]}" if self.group[0] == 1 else f"b{self.group[0]}x{self.group[1]}")
@@ -57,19 +69,16 @@ class Scheme:
             raise OptionError(f"a scheme is a string such as 'int4.g128', not {spelling!r}")
         head, slash, tail = spelling.strip().lower().partition("/")
         name, *parts = head.split(".")
-        scheme = cls(find(name, where=f"scheme {spelling!r}"), scale=cls.parse(tail) if slash else None)
+        fmt = find(name, where=f"scheme {spelling!r}")
         seen: dict[str, str] = {}
+        changes: dict[str, Any] = {"scale": cls.parse(tail)} if slash else {}
         for part in parts:
             slot, change = _part(part, spelling)
             if slot in seen:
                 raise OptionError(f"scheme {spelling!r} gives its {slot} twice: {seen[slot]!r} and {part!r}")
             seen[slot] = part
-            scheme = replace(scheme, **change)  # type: ignore[arg-type]
-        if scheme.static and scheme.group != GROUPS["tensor"]:
-            raise OptionError(f"scheme {spelling!r}: a static range is one for the tensor; write '{scheme.fmt.name}.tensor.static'")
-        if scheme.zero == "point" and scheme.fmt.kind != "int":
-            raise OptionError(f"scheme {spelling!r}: an integer zero point needs an integer format; 'min' works for every format")
-        return scheme
+            changes |= change
+        return cls(fmt, **changes)
 
     @property
     def packing(self) -> str:
@@ -88,16 +97,15 @@ class Scheme:
         return min(r or n, n) or 1, min(c or k, k) or 1
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """Bits that one element costs on a tensor of ``shape``, scales (16 bits unless quantized) and zero points (8) included."""
-        count = math.prod(shape)
+        """Bits that one element costs on a tensor of ``shape``: padding, scales (16 bits unless quantized) and zero points (8) included, so that it is what memory holds."""
         grid = self.grid_shape(shape)
-        meta = self.scale.bits_per_weight((math.prod(grid[:-1]), grid[-1])) if self.scale else 16.0
+        meta = self.scale.bits_per_weight(grid) if self.scale else 16.0
         zero = {"none": 0.0, "point": 8.0, "min": meta}[self.zero]
-        stored = 8 if self.packing == "plain" else self.fmt.bits
-        return stored + (meta + zero) * math.prod(grid) / max(count, 1)
+        stored = 8 * LAYOUTS[self.packing].row_bytes(shape[-1], self.fmt.bits) / max(shape[-1], 1)
+        return stored + (meta + zero) * math.prod(grid) / max(math.prod(shape), 1)
 
 
-def _part(part: str, spelling: str) -> tuple[str, dict[str, object]]:
+def _part(part: str, spelling: str) -> tuple[str, dict[str, Any]]:
     if part in GROUPS:
         return "group", {"group": GROUPS[part]}
     if m := re.fullmatch(r"g([1-9]\d*)", part):
