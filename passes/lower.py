@@ -165,7 +165,7 @@ class _Builder:
             like = next(p for p in self.gm.graph.find_nodes(op="placeholder") if "param" in p.meta and p.meta["param"].index == slot.arg)
             made = []
             for i, tensor in enumerate(tensors):
-                made.append(compat.add_static_input(self.gm, f"{like.name}_{_PARTS[slot.what][i]}", tensor, self.context.fake_mode, like))
+                made.append(compat.add_static_input(self.gm, f"{like.name}_{_PARTS[slot.what][i]}", tensor, like))
                 made[-1].meta["packed"] = slot
             self._inputs[key] = made
             self.slots.append(slot)

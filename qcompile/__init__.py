@@ -2,8 +2,24 @@
 
 from qcompile import kernels as kernels
 from qcompile.core.errors import OptionError, QcompileError, QcompileWarning, StrictError, WeightError
+from qcompile.core.formats import FORMATS, Format
 from qcompile.core.recipe import RECIPES, Recipe, Rule
 from qcompile.core.scheme import Scheme
+from qcompile.memory import refresh, release_weights
 
 __version__ = "0.1.0"
-__all__ = ["RECIPES", "OptionError", "QcompileError", "QcompileWarning", "Recipe", "Rule", "Scheme", "StrictError", "WeightError"]
+__all__ = [
+    "FORMATS",
+    "RECIPES",
+    "Format",
+    "OptionError",
+    "QcompileError",
+    "QcompileWarning",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "StrictError",
+    "WeightError",
+    "refresh",
+    "release_weights",
+]

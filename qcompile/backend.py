@@ -23,10 +23,12 @@ import qcompile
 from qcompile import compat
 from qcompile.capture import capture
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
+from qcompile.core.qtensor import quantize
 from qcompile.core.ranges import scale_of
 from qcompile.core.recipe import Choice
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
+from qcompile.memory import is_released, release
 from qcompile.options import Options
 from qcompile.passes import PASSES
 from qcompile.passes.flatten import flatten
@@ -46,6 +48,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
     opts = Options.parse(options, mode)
     if _training(example_inputs):
+        if any(map(is_released, example_inputs)):
+            raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
         _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
         return compat.inductor(gm, example_inputs, opts.inductor)
     return CompiledGraph(gm, example_inputs, opts)
@@ -84,22 +88,21 @@ class CompiledGraph:
         self.slots: list[Slot] = lowered.meta["slots"]
         self._report_refusals()
         kept = self._drop_unread_weights(lowered)
+        self._pin(lowered, inputs)
         self.lowered = lowered
         self._kept = kept
         self._weights = sorted({slot.arg for slot in self.slots})
-        parameters = [inputs[i] for i in self._weights]
-        self._bind(parameters, inputs)
-        packed = self._bindings[tuple(map(id, parameters))].tensors
-        if self.options.release:
-            self._release(inputs)
+        self._first = tuple(id(inputs[i]) for i in self._weights)
         if self.options.dump:
             self._dump(self.options.dump)
+        packed = [n.meta["example_value"] for n in lowered.graph.find_nodes(op="placeholder") if "packed" in n.meta]
         self._inner = self._compile(lowered, [*(inputs[i] for i in kept), *packed])
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lower == "eager":
             return _Eager(gm)
-        problem = compat.has_cpp_compiler() if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in inputs) else None
+        tensors = [a for a in inputs if isinstance(a, Tensor)]
+        problem = compat.has_cpp_compiler() if tensors and all(t.device.type == "cpu" for t in tensors) else None
         if problem is not None:
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return _Eager(gm)
@@ -122,6 +125,18 @@ class CompiledGraph:
         self.still_read = replaced & set(kept)
         gm.recompile()
         return kept
+
+    def _pin(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        """Parameters that this graph reads in 16 bits must not be released."""
+        for node in gm.graph.find_nodes(op="placeholder"):
+            param = node.meta.get("param")
+            if param is None or "packed" in node.meta or not node.users:
+                continue
+            value = inputs[param.index]
+            if is_released(value):
+                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph reads it; load the weights again, or compile with the recipe that packed it")
+            if value.dim() > 1:
+                TABLE.record(value, param.path).pinned.add("a compiled graph reads it in 16 bits")
 
     def _check(self, gm: fx.GraphModule) -> None:
         if unused := gm.meta["unused_rules"]:
@@ -183,22 +198,30 @@ class CompiledGraph:
         return self._inner(*[args[i] for i in self._kept], *binding.get(parameters))
 
     def _bind(self, parameters: Sequence[Tensor], args: Sequence[Any]) -> CompiledGraph:
-        """Make these parameters known, or find the variant that serves them."""
+        """Make these parameters known and pack them, or find the variant that serves them."""
         key = tuple(map(id, parameters))
         with self._lock:
-            if self._bindings:
+            if key != self._first:
                 names = owners()
                 other = tuple(str(decide(self._renamed(site, args, names), self.options.recipe)) for site in self.sites.values())
                 if other != self.signature:
                     return self._variant(other, key, args, names)
                 self.calibrate(self.planned, [s for s in self.sites.values() if _is_static(self.plan[s.name])], args)
-            self._bindings[key] = Binding(parameters, self._fetch, lambda: self._bindings.pop(key, None) and None)
-            self._bindings[key].get(parameters)
+            binding = Binding(parameters, self._fetch, lambda: self._bindings.pop(key, None) and None)
+            binding.get(parameters)
+            self._bindings[key] = binding
         return self
 
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))
-        return [t for slot in self.slots for t in tensors_of(slot, by_arg[slot.arg])]
+        last = {slot.arg: i for i, slot in enumerate(self.slots)}
+        out: list[Tensor] = []
+        for i, slot in enumerate(self.slots):
+            p = by_arg[slot.arg]
+            out += tensors_of(slot, p)
+            if self.options.release and last[slot.arg] == i and isinstance(p, nn.Parameter) and not is_released(p):
+                release(p, slot.path)  # before the next one is packed
+        return out
 
     def _renamed(self, site: Site, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> Site:
         from dataclasses import replace
@@ -219,21 +242,11 @@ class CompiledGraph:
                     owner, path, name = names[id(value)]
                     node.meta["param"] = type(node.meta["param"])(node.meta["param"].index, f"{path}.{name}".strip("."), type(owner).__name__)
             log.info("compiling a variant: the plan of these parameters differs from the one compiled for %s", self.signature)
-            found = CompiledGraph(self.captured, compat.standalone_inputs(captured, args), self.options, captured)
+            found = CompiledGraph(self.captured, list(args), self.options, captured)
             self._variants[other, ints] = found
         if not ints:
             self._served[key] = found
         return found
-
-    # --- memory ----------------------------------------------------------------------------------------------------------
-
-    def _release(self, inputs: Sequence[Any]) -> None:
-        for slot in self.slots:
-            if slot.what == "weight":
-                if slot.arg in self.still_read:
-                    self.notes.append(f"{slot.path} keeps its 16-bit weight: the graph reads it elsewhere")
-                else:
-                    TABLE.release(inputs[slot.arg], slot.path)
 
     def _dump(self, folder: str) -> None:
         name = f"graph{next(_NUMBERS):02d}"
@@ -284,7 +297,12 @@ class _Context:
         self.fake_mode = compat.fake_mode(self.inputs)
 
     def tensors(self, slot: Slot) -> list[Tensor]:
-        return tensors_of(slot, self.inputs[slot.arg])
+        """Shapes of the tensors of a slot. Values are packed on the first call: Dynamo's guards then see the parameters as they were, also where ``release`` changes them."""
+        with self.fake_mode:
+            if slot.what == "range":
+                return [torch.empty(1, device=self.inputs[slot.arg].device)]
+            p = self.inputs[slot.arg]
+            return quantize(view(torch.empty(p.shape, dtype=p.dtype, device=p.device), slot.view), slot.scheme).flatten()
 
     def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site]) -> str:
         return self.graph.calibrate(gm, sites, self.inputs)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -199,12 +199,12 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def add_static_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor, mode: Any, like: fx.Node) -> fx.Node:
-    """A placeholder after the last one, for a tensor that keeps its address from call to call (CUDA graphs then do not copy it)."""
+def add_static_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+    """A placeholder after the last one, for a tensor (given as a fake one) that keeps its address from call to call (CUDA graphs then do not copy it)."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
-    node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
+    node.meta["example_value"] = tensor
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     source = getattr(like, "_dynamo_source", None)
     if source is not None:
@@ -236,6 +236,48 @@ def reset_code(fn: Callable[..., Any]) -> None:
     from torch._C._dynamo.eval_frame import reset_code as reset
 
     reset(fn.__code__)
+
+
+def original(fast: Any) -> Any:
+    """What ``torch.compile`` was given: the module, or the function or bound method; the object itself where it is not compiled."""
+    from torch._dynamo.eval_frame import innermost_fn
+
+    return fast._orig_mod if isinstance(fast, torch._dynamo.OptimizedModule) else innermost_fn(fast)
+
+
+def backend_name(fast: Any) -> str | None:
+    """Name of the backend that something is compiled with: "" where it cannot be told, None where the object is not compiled."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    context = fast.dynamo_ctx if isinstance(fast, torch._dynamo.OptimizedModule) else None
+    if context is None and isinstance(fast, torch.nn.Module):
+        fast = fast._compiled_call_impl
+    if context is None and not hasattr(fast, "_torchdynamo_orig_callable"):
+        return None
+    cells = {} if context is not None else dict(zip(fast.__code__.co_freevars, fast.__closure__ or ()))
+    callback = context.callback if context is not None else cells["callback"].cell_contents if "callback" in cells else None
+    wrapper = innermost_backend(callback) if callable(callback) else None
+    fn = getattr(wrapper, "compiler_fn", wrapper)
+    if getattr(fn, "__module__", "").partition(".")[0] == "qcompile":
+        return "qcompile"
+    return str(getattr(wrapper, "compiler_name", getattr(fn, "__name__", "")))
+
+
+def at_recompile_limit(functions: Iterable[Any]) -> list[str]:
+    """Names of functions for which Dynamo holds as many graphs as it may: a call that needs another one runs eagerly."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    limit = torch._dynamo.config.recompile_limit
+    codes = {fn.__code__ for fn in functions if hasattr(fn, "__code__")}
+    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) >= limit)
+
+
+def dynamo_is_off() -> str | None:
+    """Why Dynamo captures nothing at all, or None."""
+    from torch._dynamo import config, eval_frame
+
+    stance = getattr(getattr(eval_frame, "_stance", None), "stance", "default")
+    return "TORCHDYNAMO_DISABLE is set" if config.disable else f"torch.compiler.set_stance({stance!r}) is active" if stance != "default" else None
 
 
 def trace_artifact(name: str, payload: str, encoding: str = "string") -> None:

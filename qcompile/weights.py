@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qcompile import compat
 from qcompile.core.errors import WeightError
-from qcompile.core.qtensor import QTensor, dequantize, quantize
+from qcompile.core.qtensor import QTensor, quantize
 from qcompile.core.scheme import Scheme
 from qcompile.passes.sites import view
 
@@ -48,12 +48,14 @@ class Entry:
 
 @dataclass
 class Record:
-    """All that is known of one live parameter."""
+    """All that is known of one live parameter: packed entries, calibrated ranges of the inputs of its sites, the reasons why its 16-bit value is still needed,
+    and the dtype it had when that value was released (None: it was not)."""
 
     ref: weakref.ref[Tensor]
     path: str = ""
     entries: dict[Key, Entry] = field(default_factory=dict)
     ranges: dict[str, Tensor] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
     released: torch.dtype | None = None
 
 
@@ -110,39 +112,6 @@ class WeightTable:
             record.entries[key] = Entry(scheme, q.k, fresh, state_of(p))
         return fresh
 
-    def release(self, p: nn.Parameter, path: str) -> int:
-        """Give back the storage of a packed parameter; it reads as NaN afterwards and refuses writes. Returns the bytes freed."""
-        record = self.get(p)
-        if record is None or not record.entries:
-            raise WeightError(f"{path} has not been packed: call the compiled model once before its weights are released")
-        if record.released is not None:
-            return 0
-        freed = p.nbytes
-        record.released = p.dtype
-        with compat.no_dispatch_modes(), torch.no_grad():
-            p.data = torch.full((1,), float("nan"), dtype=p.dtype, device=p.device).expand(p.shape)
-        _guard_state_dict(p, self)
-        return freed
-
-    def restore(self, p: Tensor) -> Tensor:
-        """The value of a released parameter, dequantized, in its own dtype and shape."""
-        record = self.get(p)
-        if record is None or record.released is None:
-            return p
-        (_, how, _), entry = next(iter(record.entries.items()))
-        value = dequantize(entry.qtensor(), record.released)
-        return (value.transpose(-1, -2) if how == "t" else value).reshape(p.shape)
-
-    def revive(self, p: nn.Parameter) -> None:
-        """Give a released parameter storage again, filled with its dequantized value, so that it can be written to."""
-        record = self.get(p)
-        if record is not None and record.released is not None:
-            value = self.restore(p).contiguous()
-            record.released = None
-            p.data = value
-            for entry in record.entries.values():
-                entry.state = state_of(p)
-
     def forget(self, parameters: Iterable[Tensor]) -> int:
         """Mark entries stale (in-place edits that PyTorch cannot see); they are packed again on the next call. Returns how many."""
         count = 0
@@ -153,11 +122,6 @@ class WeightTable:
                     entry.state, count = (), count + 1
         GENERATION[0] += bool(count)
         return count
-
-    def resident(self, p: Tensor) -> int:
-        """Bytes of the packed tensors of a parameter."""
-        record = self.get(p)
-        return sum(t.nbytes for entry in record.entries.values() for t in entry.tensors) if record else 0
 
 
 GENERATION = [0]
@@ -223,31 +187,3 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
                 if id(p) not in names or len(path) > len(names[id(p)][1]):
                     names[id(p)] = (module, path, name)
     return names
-
-
-def _guard_state_dict(p: nn.Parameter, table: WeightTable) -> None:
-    """``state_dict`` of the owning modules gives dequantized values for released weights; ``load_state_dict`` gives them storage first."""
-    import gc
-
-    for module in gc.get_objects():
-        if not issubclass(type(module), nn.Module) or not any(q is p for q in module.__dict__.get("_parameters", {}).values()):
-            continue
-        if "_qcompile_guarded" in module.__dict__:
-            continue
-        module.__dict__["_qcompile_guarded"] = True
-        module._register_state_dict_hook(_dequantize_released)
-        module.register_load_state_dict_pre_hook(_revive_released)
-
-
-def _dequantize_released(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    for name, p in module._parameters.items():
-        if p is not None and prefix + name in state:
-            record = TABLE.get(p)
-            if record is not None and record.released is not None:
-                state[prefix + name] = TABLE.restore(p)
-
-
-def _revive_released(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    for name, p in module._parameters.items():
-        if p is not None and prefix + name in state:
-            TABLE.revive(p)

@@ -94,6 +94,8 @@ def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "",
 def _check(x: Tensor, scheme: Scheme, what: str) -> None:
     if x.dim() < 2 or x.numel() == 0:
         raise WeightError(f"{what} cannot be quantized: a weight is (..., N, K) and holds values")
+    if type(x) not in (Tensor, torch.nn.Parameter):  # a tensor without values: only shapes are asked for
+        return
     if not bool(torch.isfinite(x).all()):
         bad = ~torch.isfinite(x)
         first = tuple(bad.nonzero()[0].tolist())

@@ -17,8 +17,8 @@ from .formats import Format
 if TYPE_CHECKING:
     from .scheme import Scheme
 
-TINY = 1e-30
-"""Least scale: its reciprocal is finite in float32."""
+TINY = 2.0**-100
+"""Least scale: its reciprocal is finite in float32, and its products with the ends of every format are exact in bfloat16, so that zeros stay zeros under a minimum, too."""
 
 RangeRule = Callable[[Tensor, "Scheme", tuple[int, ...]], tuple[Tensor, Tensor | None]]
 

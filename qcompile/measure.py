@@ -1,0 +1,379 @@
+"""``qcompile.explain``: run a compiled model once and measure what its graphs do, on their real arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile import compat
+from qcompile.core.errors import QcompileError, Skip
+from qcompile.core.qtensor import QTensor, dequantize
+from qcompile.core.recipe import Choice
+from qcompile.report import EXACT_DB, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
+
+if TYPE_CHECKING:
+    from qcompile.backend import CompiledGraph
+    from qcompile.passes.sites import Site
+
+APART = ("head", "router")
+"""Roles that ``coverage`` leaves out."""
+
+
+def explain(fast: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run ``fast(*args, **kwargs)`` once under ``torch.no_grad`` and report what its compiled graphs did.
+
+    ``fast`` is a compiled module or function, a module compiled in place, a model with compiled layers, or anything that calls one (``model.generate``). Each graph is measured once for
+    each set of parameters that it serves, at its first call. Raises QcompileError, with the likely reason, where no graph of qcompile ran.
+    """
+    from qcompile.backend import collecting
+
+    collector = _Collector()
+    with torch.no_grad(), collecting(collector):
+        fast(*args, **kwargs)
+    if not collector.uses:
+        raise QcompileError(f"no graph compiled by qcompile ran in this call: {_why_nothing(fast)}")
+    return collector.report(fast)
+
+
+def sqnr(exact: Tensor, approximate: Tensor) -> float | None:
+    """10 log10(sum exact^2 / sum (exact - approximate)^2) in dB; 200 where they are equal, None where one of them is not finite or all is zero."""
+    return _decibels(_energy(exact), _energy(exact.float() - approximate.float()))
+
+
+def _energy(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.float(), dtype=torch.float64)) ** 2
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    ratio = torch.tensor([signal, noise], dtype=torch.float64)
+    if not bool(torch.isfinite(ratio).all()) or signal == 0:
+        return None
+    return EXACT_DB if noise == 0 else min(EXACT_DB, float(10 * torch.log10(ratio[0] / ratio[1])))
+
+
+@dataclass
+class _Use:
+    """One graph with one set of parameters."""
+
+    graph: CompiledGraph
+    parameters: list[nn.Parameter]
+    """Held, so that their ids stay theirs."""
+    sites: list[SiteRow] = field(default_factory=list)
+    kept: list[KeptRow] = field(default_factory=list)
+    calls: int = 1
+
+
+@dataclass
+class _Weight:
+    """How one parameter is stored and read."""
+
+    parameter: Tensor
+    quantized: dict[str, int] = field(default_factory=dict)
+    """View -> bytes before, of the views that are read packed."""
+    packed: dict[int, int] = field(default_factory=dict)
+    """Bytes of the packed tensors, each once."""
+    roles: set[str] = field(default_factory=set)
+    kept: bool = False
+
+    def covered(self) -> int:
+        return min(self.parameter.nbytes, sum(self.quantized.values()))
+
+    def after(self) -> int:
+        return sum(self.packed.values()) + (self.parameter.nbytes if self.kept else self.parameter.nbytes - self.covered())
+
+
+class _Collector:
+    """What ``backend.collecting`` calls: measures each graph at its first call with each set of parameters."""
+
+    def __init__(self) -> None:
+        self.uses: dict[tuple[int, ...], _Use] = {}
+        self.weights: dict[int, _Weight] = {}
+        self.graphs: list[CompiledGraph] = []
+        self._names: dict[int, tuple[nn.Module, str, str]] = {}
+
+    def __call__(self, graph: CompiledGraph, args: Sequence[Any]) -> None:
+        parameters = [a for a in args if isinstance(a, nn.Parameter)]
+        key = (id(graph), *map(id, parameters))
+        if key in self.uses:
+            self.uses[key].calls += 1
+            return
+        if graph not in self.graphs:
+            self.graphs.append(graph)
+        use = self.uses[key] = _Use(graph, parameters)
+        with compat.no_dispatch_modes():
+            self._measure(use, args)
+
+    def _measure(self, use: _Use, args: Sequence[Any]) -> None:
+        graph, number = use.graph, self.graphs.index(use.graph)
+        names = self._owners(use.parameters)
+        measured = _Measured(graph, args)
+        for site in graph.sites.values():
+            parameter, choice = args[site.param.index], graph.plan[site.name]
+            weight = self.weights.setdefault(id(parameter), _Weight(parameter))
+            weight.roles.add(site.role)
+            name, rows = _display(graph._renamed(site, args, names), site), measured.rows.get(site.name, site.m)
+            flops = 2 * rows * site.n * site.k
+            if isinstance(choice, Choice):
+                weight.quantized[site.view] = site.nbytes
+                tensors = measured.packed[site.name]
+                weight.packed |= {id(t): t.nbytes for t in tensors}
+                after = sum(t.nbytes for t in tensors)
+                bits = 8 * after / max(site.nbytes // site.dtype.itemsize, 1)
+                given = str(choice.input) if choice.input else None
+                decibels = measured.weight_db(site), measured.output_db.get(site.name)
+                row = SiteRow(name, site.shape, site.role, str(choice.weight), given, choice.why, bits, *decibels, _kernel(graph, site), rows, regime(rows), site.nbytes, after, flops, number)
+                use.sites.append(row)
+            else:
+                weight.kept = True
+                use.kept.append(KeptRow(name, site.shape, site.role, str(choice), site.nbytes, rows, flops, number))
+        self._left_alone(use, args, number, names)
+
+    def _left_alone(self, use: _Use, args: Sequence[Any], number: int, names: dict[int, tuple[nn.Module, str, str]]) -> None:
+        indices = {p.meta["param"].path: p.meta["param"].index for p in use.graph.planned.graph.find_nodes(op="placeholder") if "param" in p.meta}
+        for entry in use.graph.planned.meta["skipped"]:
+            parameter = args[indices[entry.path]]
+            weight = self.weights.setdefault(id(parameter), _Weight(parameter))
+            weight.roles.add("other")
+            weight.kept = True
+            _, path, name = names.get(id(parameter), (None, "", ""))
+            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, graph=number))
+
+    def _owners(self, parameters: Sequence[nn.Parameter]) -> dict[int, tuple[nn.Module, str, str]]:
+        """One scan of the live modules serves the whole call, unless modules were made meanwhile."""
+        from qcompile.weights import owners
+
+        if any(id(p) not in self._names for p in parameters):
+            self._names = owners()
+        return self._names
+
+    def report(self, fast: Any) -> Report:
+        """Rows of all graphs, the parameters that none of them read, and the sums."""
+        module = _module(fast)
+        seen = {id(p) for use in self.uses.values() for p in use.parameters}
+        unread = list(_unread(module, seen)) if module is not None else []
+        for row, parameter, counts in unread:
+            if counts:
+                self.weights[id(parameter)] = _Weight(parameter, roles={row.role}, kept=True)
+        sites = [row for use in self.uses.values() for row in use.sites]
+        kept = [row for use in self.uses.values() for row in use.kept] + [row for row, _, _ in unread]
+        graphs = tuple(self._graph_row(i, graph) for i, graph in enumerate(self.graphs))
+        notes = [f"graph {row.index}: {note}" for row in graphs for note in row.notes]
+        if not any(row.sites for row in graphs):
+            notes.append("no linear was found in the graphs that ran")
+        if unread and (full := compat.at_recompile_limit(_functions(fast))):
+            notes.append(_limit(full))
+        held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])
+        return Report(tuple(sites), tuple(kept), graphs, self._totals(held), tuple(dict.fromkeys(notes)))
+
+    def _graph_row(self, index: int, graph: CompiledGraph) -> GraphRow:
+        uses = [use for use in self.uses.values() if use.graph is graph]
+        steps = tuple(StepRow(s.name, s.seconds, s.changed, s.note) for s in graph.steps)
+        options = graph.options
+        return GraphRow(index, str(options.recipe), options.lower, len(graph.sites), len(uses), sum(u.calls for u in uses), graph.kernel_count, steps, tuple(graph.notes))
+
+    def _totals(self, held: Sequence[Tensor]) -> Totals:
+        from qcompile.weights import TABLE
+
+        weights = list(self.weights.values())
+        plain = [w for w in weights if not w.roles <= set(APART)]
+        flops = {apart: [0, 0] for apart in (False, True)}
+        for use in self.uses.values():
+            for row in (*use.sites, *use.kept):
+                flops[row.role in APART][isinstance(row, SiteRow)] += row.flops * use.calls
+        (kept, quantized), (kept_apart, quantized_apart) = flops[False], flops[True]
+        records = {id(r): r for p in held if (r := TABLE.get(p)) is not None}.values()
+        packed = [t for record in records for entry in record.entries.values() for t in entry.tensors]
+        return Totals(
+            bytes_before=sum(w.parameter.nbytes for w in weights),
+            bytes_after=sum(w.after() for w in weights),
+            coverage=_share(sum(w.covered() for w in plain), sum(w.parameter.nbytes for w in plain)),
+            coverage_all=_share(sum(w.covered() for w in weights), sum(w.parameter.nbytes for w in weights)),
+            coverage_flops=_share(quantized, quantized + kept),
+            coverage_flops_all=_share(quantized + quantized_apart, quantized + quantized_apart + kept + kept_apart),
+            resident_bytes=_storages([*packed, *held]),
+            released=sum(record.released is not None for record in records),
+        )
+
+
+class _Measured:
+    """Rows, packed tensors and errors of the sites of one graph on one call's arguments."""
+
+    def __init__(self, graph: CompiledGraph, args: Sequence[Any]) -> None:
+        from qcompile.backend import _concrete, tensors_of
+        from qcompile.passes.observe import run_observed
+        from qcompile.weights import TABLE
+
+        self.graph, self.args = graph, args
+        self.rows: dict[str, int] = {}
+        self.output_db: dict[str, float | None] = {}
+        self._slots = {(s.what, s.arg, s.view, str(s.scheme)): s for s in graph.slots}
+        self._tensors_of = tensors_of
+        self.packed = {name: self._tensors(graph.sites[name]) for name, choice in graph.plan.items() if isinstance(choice, Choice)}
+        self._dtypes = {n.meta["site"]: n.meta["example_value"].dtype for n in graph.planned.graph.nodes if "site" in n.meta}
+        records = {s.param.index: TABLE.get(args[s.param.index]) for s in graph.sites.values()}
+        self._released = {index for index, record in records.items() if record is not None and record.released is not None}
+        names = set(graph.sites)
+        if self._released:  # the captured graph would read NaN: the lowered one still shows how many rows there are
+            packed = [t for slot in graph.slots for t in tensors_of(slot, args[slot.arg])]
+            run_observed(graph.lowered, [*(_concrete(args[i]) for i in graph._kept), *packed], names, self._count)
+        else:
+            run_observed(graph.planned, [_concrete(a) for a in args], names, self._see)
+
+    def weight_db(self, site: Site) -> float | None:
+        """SQNR of a site's weight, one expert at a time."""
+        from qcompile.passes.sites import view
+
+        if site.param.index in self._released:
+            return None
+        exact, tensors, scheme = view(self.args[site.param.index].detach(), site.view), self.packed[site.name], self._choice(site).weight
+        experts = range(exact.shape[0]) if exact.dim() == 3 else [...]
+        signal = noise = 0.0
+        for e in experts:
+            part = exact[e].float()
+            signal += _energy(part)
+            noise += _energy(part - dequantize(QTensor.unflatten([t[e] for t in tensors], scheme, site.k)))
+        return _decibels(signal, noise)
+
+    def _choice(self, site: Site) -> Choice:
+        choice: Choice = self.graph.plan[site.name]
+        return choice
+
+    def _tensors(self, site: Site) -> list[Tensor]:
+        slot = self._slots["weight", site.param.index, site.view, str(self._choice(site).weight)]
+        return self._tensors_of(slot, self.args[slot.arg])
+
+    def _count(self, name: str, x: Tensor) -> None:
+        self.rows[name] = x.numel() // self.graph.sites[name].k
+
+    def _see(self, name: str, x: Tensor) -> None:
+        self._count(name, x)
+        site, choice = self.graph.sites[name], self.graph.plan[name]
+        if isinstance(choice, Choice) and site.experts == 1 and x.numel():
+            self.output_db[name] = self._error(site, choice, x.to(self._dtypes[name]))
+
+    def _error(self, site: Site, choice: Choice, x: Tensor) -> float | None:
+        from qcompile.kernels import OPS
+        from qcompile.kernels.scaled_linear import spell
+        from qcompile.passes.sites import view
+
+        weight = view(self.args[site.param.index], site.view)
+        if weight.dim() != 2:
+            return None
+        exact = x.float() @ weight.float().T
+        if choice.input is None:
+            y = OPS["linear"].reference(x, self.packed[site.name], str(choice.weight))
+        else:
+            static = self._range(site, choice) if choice.input.static else []
+            codes, *scale = OPS["quantize"].reference(x, static, str(choice.input))
+            y = OPS["scaled_linear"].reference(codes, scale or static, self.packed[site.name], spell(choice.input, choice.weight))
+        return sqnr(exact, y)
+
+    def _range(self, site: Site, choice: Choice) -> list[Tensor]:
+        """The static scale that the lowered graph gives this site: kin share the first one's."""
+        slot = next(s for s in self.graph.slots if s.what == "range" and s.scheme == choice.input and s.site in (site.name, *site.kin))
+        return self._tensors_of(slot, self.args[slot.arg])
+
+
+def _kernel(graph: CompiledGraph, site: Site) -> str:
+    """The kernel's name, or "reference" with the reason."""
+    if graph.options.lower == "eager":
+        return "reference: options['lower'] is 'eager'"
+    kernel = graph.kernels[site.name]
+    return f"reference: {kernel}" if isinstance(kernel, Skip) else kernel
+
+
+def _display(renamed: Site, site: Site) -> str:
+    """A site's name in the model of the parameters it was called with; one of stacked weights carries its index, a second use of a weight its number."""
+    element = site.view.partition("]")[0] + "]" if site.view.startswith("[") else ""
+    again = site.name.rpartition("@")[2] if "@" in site.name and not element else ""
+    return renamed.path + element + (f"@{again}" if again else "")
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _storages(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind the tensors, each once."""
+    found = {(t.device, s.data_ptr()): s.nbytes() for t in tensors if t.device.type != "meta" for s in [t.untyped_storage()]}
+    return sum(found.values())
+
+
+# --- what no graph read, and why nothing ran ---------------------------------------------------------------------------
+
+
+def _module(fast: Any) -> nn.Module | None:
+    """The model behind ``fast``: a module, or the owner of a bound method."""
+    inner = compat.original(fast)
+    inner = inner if isinstance(inner, nn.Module) else getattr(inner, "__self__", None)
+    inner = compat.original(inner) if isinstance(inner, nn.Module) else None
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _unread(module: nn.Module, seen: set[int]) -> Iterator[tuple[KeptRow, nn.Parameter, bool]]:
+    """(row, parameter, counts as a weight of products) of parameters with two or more axes that no graph took."""
+    found = set(seen)
+    for path, owner in module.named_modules():
+        for name, p in owner._parameters.items():
+            if p is None or p.dim() < 2 or id(p) in found:
+                continue
+            found.add(id(p))
+            table = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
+            reason = "no compiled graph reads it in this call" + (" (an embedding table)" if table else "")
+            if p.dim() == 3 and _eager_experts(module, path):
+                reason += ": its experts run in an eager Python loop; model.set_experts_implementation('grouped_mm') lets them be compiled"
+            full = f"{path}.{name}".replace("_orig_mod.", "").strip(".").removesuffix(".weight")
+            yield KeptRow(full, tuple(p.shape), "unread", reason, p.nbytes), p, not table
+
+
+def _eager_experts(module: nn.Module, path: str) -> bool:
+    """The nearest configuration above a module says that its experts run one by one."""
+    parts = path.split(".")
+    for depth in range(len(parts), -1, -1):
+        config = getattr(module.get_submodule(".".join(parts[:depth])), "config", None)
+        if config is not None:
+            return getattr(config, "_experts_implementation", None) == "eager"
+    return False
+
+
+def _functions(fast: Any) -> list[Any]:
+    """Functions that Dynamo may have compiled for ``fast``: its own, and the forwards of all modules below it."""
+    inner, module = compat.original(fast), _module(fast)
+    own = [inner] if inspect.isroutine(inner) else []
+    return own + ([type(m).forward for m in module.modules()] if module is not None else [])
+
+
+def _limit(full: Sequence[str]) -> str:
+    return (
+        f"Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for {', '.join(full)}: calls that need another graph run eagerly, unquantized. "
+        "Raise torch._dynamo.config.recompile_limit, or compile the whole model"
+    )
+
+
+def _why_nothing(fast: Any) -> str:
+    from qcompile import backend
+
+    module = _module(fast)
+    backends = {name for part in (fast, *(module.modules() if module is not None else ())) if (name := compat.backend_name(part)) is not None}
+    if not backends and (module is not None or not hasattr(compat.original(fast), "__closure__")):
+        return f"this {type(fast).__name__} is not compiled; give explain what torch.compile(model, backend='qcompile') returned."
+    if backends and not backends & {"qcompile", ""}:
+        return f"it is compiled with backend {', '.join(map(repr, sorted(backends)))}, not 'qcompile'."
+    if off := compat.dynamo_is_off():
+        return f"Dynamo is off: {off}."
+    if full := compat.at_recompile_limit(_functions(fast)):
+        return _limit(full) + "."
+    reasons = ["Dynamo captured no tensor operation (everything is disabled, or runs in code that it skips)"]
+    if "training" in backend._WARNED:
+        reasons.insert(0, "the call turns grad mode on and a parameter requires grad, so the plain graph was compiled")
+    if not backends:
+        reasons.insert(0, "the function calls nothing that is compiled with backend='qcompile'")
+    return "; or ".join(reasons) + "."
+
+
+__all__ = ["explain", "sqnr"]
