@@ -18,7 +18,8 @@ from qcompile.core.errors import Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.scheme import Scheme
 
-from . import linear, scaled_linear, tiles
+from . import linear, scaled_linear
+from .cpu import ops as cpu
 from .op import Case, Kernel, Op, target
 
 
@@ -153,12 +154,33 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequ
     return compat.lower_template(name, lambda: body.kernel(header, FOOTER, "INDEX"), inputs, (compat.sizes(x)[0], c.n), [config], row_grid if by_row else sorted_grid)
 
 
+def _cpu_supports(c: Case) -> Skip | None:
+    return None  # what the C++ kernels do not take is dequantized expert by expert, only for experts that have rows
+
+
+def cpu_grouped(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Sequence[Tensor], scheme: str, by_row: bool) -> Tensor:
+    """The C++ kernels, one call for each expert that has rows."""
+    sx, sw = parse(scheme)
+    k = x.shape[-1]
+    if (cpu.weight_support(sw, k) if sx is None else cpu.product_support(sx, sw, k)) is not None:
+        return reference(x, x_scale, index, weight, scheme, by_row)
+    out = torch.zeros((x.shape[0], weight[0].shape[-2]), dtype=torch.float32)
+    for expert, rows in _rows(index, by_row, weight[0].shape[0]):
+        own = [t[expert] for t in weight]
+        out[rows] = cpu.weight_only(x[rows], own, sw) if sx is None else cpu.integer(x[rows], x_scale[0] if x_scale[0].numel() == 1 else x_scale[0][rows], own, sw)
+    return out
+
+
+SCHEMA = "(Tensor x, Tensor[] x_scale, Tensor index, Tensor[] weight, str scheme, bool by_row) -> Tensor"
 OP = Op(
     "grouped_linear",
-    "(Tensor x, Tensor[] x_scale, Tensor index, Tensor[] weight, str scheme, bool by_row) -> Tensor",
+    SCHEMA,
     reference,
     fake,
     case,
-    (Kernel("triton grouped_linear", "cuda", _gpu_supports, _gpu_lower),),
+    (
+        Kernel("triton grouped_linear", "cuda", _gpu_supports, _gpu_lower),
+        Kernel("c++ grouped_linear", "cpu", _cpu_supports, cpu.define("grouped_linear", SCHEMA, cpu_grouped, fake)),
+    ),
     simplify,
 )

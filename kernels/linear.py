@@ -18,6 +18,7 @@ from qcompile.core.qtensor import QTensor, dequantize, value
 from qcompile.core.scheme import Scheme
 
 from . import tiles
+from .cpu import ops as cpu
 from .op import Case, Kernel, Op, target, two_dimensional
 
 
@@ -109,12 +110,22 @@ def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
     return compat.lower_template(name, lambda: loop(c.weight, c.n, c.k, dot).kernel(tiles.HEADER, tiles.FOOTER), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.weight, c.k)])
 
 
+def _cpu_supports(c: Case) -> Skip | None:
+    return cpu.weight_support(c.weight, c.k)
+
+
+def cpu_linear(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """The C++ kernel on (M, K) activations."""
+    return cpu.weight_only(x, weight, Scheme.parse(scheme))
+
+
+SCHEMA = "(Tensor x, Tensor[] weight, str scheme) -> Tensor"
 OP = Op(
     "linear",
-    "(Tensor x, Tensor[] weight, str scheme) -> Tensor",
+    SCHEMA,
     reference,
     fake,
     case,
-    (Kernel("triton linear", "cuda", gpu_supports, _gpu_lower),),
+    (Kernel("triton linear", "cuda", gpu_supports, _gpu_lower), Kernel("c++ linear", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake))),
     simplify,
 )

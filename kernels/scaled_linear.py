@@ -20,6 +20,7 @@ from qcompile.core.qtensor import QTensor, dequantize, tile, untile
 from qcompile.core.scheme import GROUPS, Scheme
 
 from . import tiles
+from .cpu import ops as cpu
 from .linear import blocks, flat_scales, unnested
 from .op import Case, Kernel, Op, target, two_dimensional
 
@@ -138,12 +139,26 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], s
     return compat.lower_template(name, source, [x, *weight, x_scale[0]], (compat.sizes(x)[0], c.n), [blocks(c.m, sw, c.k)])
 
 
+def _cpu_supports(c: Case) -> Skip | None:
+    assert c.input is not None
+    return cpu.product_support(c.input, c.weight, c.k)
+
+
+def cpu_scaled_linear(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """The C++ kernel on (M, K) codes."""
+    return cpu.integer(x, x_scale[0], weight, parse(scheme)[1])
+
+
+SCHEMA = "(Tensor x, Tensor[] x_scale, Tensor[] weight, str scheme) -> Tensor"
 OP = Op(
     "scaled_linear",
-    "(Tensor x, Tensor[] x_scale, Tensor[] weight, str scheme) -> Tensor",
+    SCHEMA,
     reference,
     fake,
     case,
-    (Kernel("triton scaled_linear", "cuda", gpu_supports, _gpu_lower),),
+    (
+        Kernel("triton scaled_linear", "cuda", gpu_supports, _gpu_lower),
+        Kernel("c++ scaled_linear", "cpu", _cpu_supports, cpu.define("scaled_linear", SCHEMA, cpu_scaled_linear, fake)),
+    ),
     simplify,
 )

@@ -1,0 +1,87 @@
+"""``grouped_linear``: every row meets its own expert, and only that one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.core.qtensor import dequantize, quantize
+from qcompile.core.scheme import Scheme
+from qcompile.kernels.op import target
+from qcompile.kernels.quantize import reference as quantized
+
+WEIGHTS = ["int8.row", "int4.g32", "uint4.g48.point", "nf4.g64/int8.row", "e4m3.b16x32", "uint4.g32.min", "int8.tensor"]
+E, N, K = 4, 17, 100
+
+
+def expected(x: torch.Tensor, w: torch.Tensor, owner: list[int]) -> torch.Tensor:
+    """Row by row, in float64; an owner outside 0..E-1 gives zeros."""
+    rows = [w[e].double() @ row.double() if 0 <= e < len(w) else torch.zeros(w.shape[1], dtype=torch.float64) for row, e in zip(x, owner, strict=True)]
+    return torch.stack(rows) if rows else torch.zeros(0, w.shape[1], dtype=torch.float64)
+
+
+def owners(ends: list[int], count: int) -> list[int]:
+    return [next((e for e, end in enumerate(ends) if i < end), -1) for i in range(count)]
+
+
+SORTED = [([2, 5, 6, 9], 9), ([0, 0, 0, 7], 7), ([3, 3, 3, 3], 3), ([0, 2, 2, 4], 9), ([0, 0, 0, 0], 3), ([0, 0, 0, 0], 0), ([1, 1, 1, 1], 1)]
+ROWS = [[0, 1, 2, 3], [3, 3, 0, 3, 1], [2], [], [-1, 4, 1, 1000, 0]]
+
+
+@pytest.mark.parametrize("spelling", WEIGHTS)
+def test_sorted_rows(spelling):
+    """Ends as ``torch._grouped_mm`` takes them: empty experts, and rows behind the last end, which are zeros."""
+    q = quantize(torch.randn(E, N, K), Scheme.parse(spelling))
+    for ends, count in SORTED:
+        x = torch.randn(count, K)
+        y = target("grouped_linear")(x, [], torch.tensor(ends, dtype=torch.int32), q.flatten(), spelling, False)
+        assert y.shape == (count, N) and y.dtype == torch.float32
+        torch.testing.assert_close(y.double(), expected(x, dequantize(q), owners(ends, count)), rtol=1e-5, atol=1e-4)
+        assert bool((y[ends[-1] :] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("spelling", WEIGHTS)
+def test_one_expert_for_each_row(spelling, dtype):
+    q = quantize(torch.randn(E, N, K), Scheme.parse(spelling))
+    for ids in ROWS:
+        x = torch.randn(len(ids), K)
+        y = target("grouped_linear")(x, [], torch.tensor(ids, dtype=dtype), q.flatten(), spelling, True)
+        torch.testing.assert_close(y.double(), expected(x, dequantize(q), ids), rtol=1e-5, atol=1e-4)
+        assert all(bool((y[i] == 0).all()) for i, e in enumerate(ids) if not 0 <= e < E)
+
+
+@pytest.mark.parametrize("x_spelling", ["int8.row", "uint8.row.point", "int8.tensor", "int8.g32", "e4m3.row", "int8.tensor.static"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_quantized_rows(x_spelling, by_row):
+    """The same as each expert's own scaled_linear."""
+    q = quantize(torch.randn(E, N, K), Scheme.parse("int4.g32"))
+    x, static = torch.randn(9, K), [torch.tensor([0.03])] if "static" in x_spelling else []
+    codes, *scales = quantized(x, static, x_spelling)
+    scales = static or scales
+    ends, ids = [2, 5, 5, 8], [0, 0, 1, 1, 1, 3, 3, 3, -1]
+    index = torch.tensor(ids if by_row else ends, dtype=torch.int32)
+    scheme = f"{x_spelling} @ int4.g32"
+    y = target("grouped_linear")(codes, scales, index, q.flatten(), scheme, by_row)
+    for i, e in enumerate(ids):
+        if e < 0:
+            assert bool((y[i] == 0).all())
+            continue
+        own = [t if t.shape[0] == 1 else t[i : i + 1] for t in scales]
+        torch.testing.assert_close(y[i : i + 1], target("scaled_linear")(codes[i : i + 1], own, [t[e] for t in q.flatten()], scheme), rtol=1e-5, atol=1e-4)
+
+
+def test_one_expert_is_linear():
+    q = quantize(torch.randn(1, N, K), Scheme.parse("int4.g32"))
+    x = torch.randn(5, K, dtype=torch.bfloat16)
+    y = target("grouped_linear")(x, [], torch.tensor([5], dtype=torch.int32), q.flatten(), "int4.g32", False)
+    torch.testing.assert_close(y, target("linear")(x, [t[0] for t in q.flatten()], "int4.g32"))
+
+
+def test_poisoned_experts_that_no_row_names_are_not_read():
+    q = quantize(torch.randn(E, N, K), Scheme.parse("int8.row"))
+    q.scale[2] = float("nan")
+    x = torch.randn(4, K)
+    for index, by_row in (([1, 2, 2, 4], False), ([0, 1, 3, 3], True)):
+        y = target("grouped_linear")(x, [], torch.tensor(index, dtype=torch.int32), q.flatten(), "int8.row", by_row)
+        assert bool(torch.isfinite(y).all())

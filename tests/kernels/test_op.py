@@ -1,0 +1,243 @@
+"""What every op promises, over the table OPS: torch's own checks, and one meaning whether run, traced, simplified or exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qcompile.core.errors import Skip
+from qcompile.core.qtensor import quantize
+from qcompile.core.scheme import Scheme
+from qcompile.kernels import OPS
+from qcompile.kernels.op import NAMESPACE, Case, Kernel, decompositions, target
+
+Args = tuple[Any, ...]
+
+
+def weight(spelling: str, *shape: int) -> list[Tensor]:
+    return quantize(torch.randn(shape), Scheme.parse(spelling)).flatten()
+
+
+def rows(spelling: str, *shape: int) -> tuple[Tensor, list[Tensor]]:
+    codes, *scale = OPS["quantize"].reference(torch.randn(shape), [], spelling)
+    return codes, scale
+
+
+def _scaled(x: str, w: str, *shape: int, n: int = 24) -> Args:
+    codes, scale = rows(x, *shape)
+    return codes, scale, weight(w, n, shape[-1]), f"{x} @ {w}"
+
+
+def _grouped(w: str, by_row: bool) -> Args:
+    index = torch.tensor([1, 0, 2, 1, 1], dtype=torch.int64) if by_row else torch.tensor([2, 2, 4], dtype=torch.int32)
+    return torch.randn(5, 96), [], index, weight(w, 3, 24, 96), w, by_row
+
+
+# One list of argument tuples for each op. A new op needs a line here; test_every_op_has_samples says so.
+SAMPLES: dict[str, list[Callable[[], Args]]] = {
+    "quantize": [
+        lambda: (torch.randn(4, 96), [], "int8.row"),
+        lambda: (torch.randn(2, 3, 96, dtype=torch.bfloat16), [], "int8.row.point"),
+        lambda: (torch.randn(4, 96), [], "e4m3.tensor"),
+        lambda: (torch.randn(4, 96), [], "int8.g32"),
+        lambda: (torch.randn(2, 3, 70), [], "uint8.g32.point"),
+        lambda: (torch.randn(4, 96), [torch.tensor([0.03])], "int8.tensor.static"),
+        lambda: (torch.randn(4, 96), [torch.tensor([0.03]), torch.tensor([7.0])], "uint8.tensor.static.point"),
+        lambda: (torch.randn(4, 96), [], "e2m1.g32"),
+        lambda: (torch.randn(4, 96), [], "nf4.row"),
+        lambda: (torch.randn(0, 96), [], "int8.row"),
+    ],
+    "dequantize": [
+        lambda: (weight("int4.g32", 24, 96), "int4.g32", 96, torch.float32),
+        lambda: (weight("nf4.g32/int8.row", 24, 100), "nf4.g32/int8.row", 100, torch.bfloat16),
+        lambda: (weight("uint4.g32.min", 3, 24, 100), "uint4.g32.min", 100, torch.float16),
+        lambda: (weight("e4m3.b16x32", 24, 96), "e4m3.b16x32", 96, torch.bfloat16),
+        lambda: (weight("uint3.g32.point", 24, 96), "uint3.g32.point", 96, torch.float32),
+        lambda: (weight("int4.g32", 24, 100), "int4.g32", 100, torch.float32),
+        lambda: (weight("int8.b16x32", 24, 100), "int8.b16x32", 100, torch.float32),
+        lambda: (weight("e2m1.g16/e4m3.tensor", 24, 96), "e2m1.g16/e4m3.tensor", 96, torch.float32),
+    ],
+    "linear": [
+        lambda: (torch.randn(4, 96), weight("int4.g32", 24, 96), "int4.g32"),
+        lambda: (torch.randn(2, 3, 96, dtype=torch.bfloat16), weight("int8.row", 24, 96), "int8.row"),
+        lambda: (torch.randn(4, 100, dtype=torch.float16), weight("nf4.g32/int8.row", 24, 100), "nf4.g32/int8.row"),
+        lambda: (torch.randn(1, 96), weight("uint4.g32.point", 24, 96), "uint4.g32.point"),
+        lambda: (torch.randn(0, 96), weight("uint4.g32.min", 24, 96), "uint4.g32.min"),
+        lambda: (torch.randn(4, 96), weight("e3m2.g32", 24, 96), "e3m2.g32"),
+    ],
+    "scaled_linear": [
+        lambda: _scaled("int8.row", "int8.row", 4, 96),
+        lambda: _scaled("int8.row", "int4.g32", 2, 3, 96),
+        lambda: _scaled("e4m3.tensor", "e4m3.b16x32", 4, 96),
+        lambda: _scaled("int8.g32", "int8.g32", 2, 3, 100),
+        lambda: _scaled("uint8.row.point", "uint4.g32.point", 2, 3, 96),
+        lambda: _scaled("int8.tensor", "nf4.g32/int8.row", 1, 96),
+        lambda: _scaled("int8.row", "int8.row", 0, 96),
+    ],
+    "grouped_linear": [
+        lambda: _grouped("int4.g32", False),
+        lambda: _grouped("int4.g32", True),
+        lambda: _grouped("nf4.g32/int8.row", False),
+        lambda: (*rows("int8.row", 5, 96), torch.tensor([2, 2, 4], dtype=torch.int32), weight("int8.row", 3, 24, 96), "int8.row @ int8.row", False),
+    ],
+}  # fmt: skip
+EACH = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
+each = pytest.mark.parametrize(("name", "make"), EACH)
+
+
+def close(got: Any, wanted: Any) -> None:
+    """Codes equal, floats to the last bits of float32."""
+    for a, b in zip(tensors(got), tensors(wanted), strict=True):
+        exact = a.element_size() == 1
+        torch.testing.assert_close(a, b, rtol=0 if exact else 2e-5, atol=0 if exact else 2e-5)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def test_every_op_has_samples():
+    assert set(SAMPLES) == set(OPS), "give the new op a line in SAMPLES"
+    assert all(name == op.name for name, op in OPS.items())
+
+
+@each
+def test_opcheck(name, make):
+    args = make()
+    fp8 = any(t.dtype.itemsize == 1 and t.is_floating_point() for t in tensors(args))  # torch's schema check compares arguments by arithmetic that FP8 lacks
+    torch.library.opcheck(target(name), args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[int(fp8) :])
+
+
+@pytest.mark.xfail(reason="kernels/quantize.py: codes keep the strides of x, which its shape rule does not", strict=False)
+@pytest.mark.parametrize("spelling", ["int8.row", "int8.tensor", "int8.g32"])
+def test_opcheck_of_rows_that_are_not_contiguous(spelling):
+    torch.library.opcheck(target("quantize"), (torch.randn(2, 96, 4).mT, [], spelling), test_utils=("test_faketensor",))
+
+
+@each
+def test_fake_is_the_shape_of_the_reference(name, make):
+    args = make()
+    for got, wanted in zip(tensors(OPS[name].fake(*args)), tensors(OPS[name].reference(*args)), strict=True):
+        assert (got.shape, got.dtype, got.device) == (wanted.shape, wanted.dtype, wanted.device)
+
+
+@each
+def test_the_op_is_its_reference_and_leaves_its_arguments_alone(name, make):
+    args = make()
+    before = [t.clone() for t in tensors(args)]
+    close(target(name)(*args), OPS[name].reference(*args))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, tensors(args)) if a.numel())
+    close(OPS[name].reference(*args), OPS[name].reference(*args))
+
+
+@each
+def test_traced_reference(name, make):
+    """What Inductor gets where no kernel applies: pointwise code without constants, and equal."""
+    args = make()
+    if name == "grouped_linear":
+        pytest.skip("reads its index: cannot be traced, see test_grouped.py")
+    leaves, spec = torch.utils._pytree.tree_flatten(args)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def fn(*given: Tensor) -> Any:
+        full = list(leaves)
+        for i, t in zip(places, given):
+            full[i] = t
+        return OPS[name].reference(*torch.utils._pytree.tree_unflatten(full, spec))
+
+    gm = make_fx(fn, tracing_mode="fake")(*(leaves[i] for i in places))
+    assert not gm.graph.find_nodes(op="get_attr")
+    close(gm(*(leaves[i] for i in places)), OPS[name].reference(*args))
+
+
+@each
+def test_simplify_keeps_the_meaning(name, make):
+    """N-D to 2-D and nested scales to flat ones, until nothing is left to do."""
+    op, args = OPS[name], make()
+    if op.simplify is None:
+        pytest.skip("nothing to simplify")
+    out = op.simplify(*args)
+    nested = "/" in str(args)
+    assert (out is NotImplemented) == (not nested and (args[0].dim() == 2))
+    if out is not NotImplemented:
+        close(out, op.reference(*args))
+
+
+@each
+def test_aot_eager(name, make):
+    """Our ops pass through AOTAutograd whole, among others, and with dynamic sizes."""
+    args = make()
+    op = target(name)
+
+    def fn(*given: Any) -> Any:
+        out = op(*given)
+        return [t.float() + 1 for t in out] if isinstance(out, list) else out.float() * 2
+
+    close(torch.compile(fn, backend="aot_eager", fullgraph=True)(*args), fn(*args))
+    torch._dynamo.reset()
+    close(torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)(*args), fn(*args))
+
+
+@each
+def test_export(name, make):
+    args = make()
+    if name in ("quantize", "dequantize") or 0 in tensors(args)[0].shape:
+        pytest.skip("one 16-bit linear is enough")
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, rest: list[Tensor]) -> Tensor:
+            flat = iter(rest)
+            return target(name)(x, *(([next(flat) for _ in a] if isinstance(a, list) else next(flat) if isinstance(a, Tensor) else a) for a in args[1:]))
+
+    rest = tensors(args[1:])
+    program = torch.export.export(Module(), (args[0], rest))
+    assert any(n.target is target(name) for n in program.graph.nodes)
+    close(program.module()(args[0], rest), OPS[name].reference(*args))
+
+
+def test_namespace_and_table():
+    table = decompositions(OPS)
+    assert set(table) == {target(name) for name in OPS}
+    for name in OPS:
+        assert str(target(name)) == f"{NAMESPACE}.{name}.default"
+
+
+# --- which kernel --------------------------------------------------------------------------------------------------------
+
+
+def test_choose_takes_the_first_kernel_that_supports_the_case():
+    def kernel(name: str, device: str, answer: Skip | None) -> Kernel:
+        return Kernel(name, device, lambda case: answer, lambda *args: name)
+
+    op = dataclasses.replace(OPS["linear"], kernels=(kernel("a", "cuda", None), kernel("b", "cpu", Skip("too odd")), kernel("c", "cpu", None), kernel("d", "cpu", None)))
+    case = Case(torch.device("cpu"), torch.float32, Scheme.parse("int4.g32"), None, 16, 96)
+    assert op.choose(case)[0].name == "c" and op.choose(case)[1] is None
+    none, reason = dataclasses.replace(op, kernels=op.kernels[:2]).choose(case)
+    assert none is None and str(reason) == "too odd"
+    none, reason = dataclasses.replace(op, kernels=()).choose(case)
+    assert none is None and str(reason) == "linear has no kernel for cpu"
+
+
+def test_decompose_keeps_an_op_that_has_a_kernel_and_traces_one_that_has_none():
+    args = (torch.randn(4, 96), weight("int4.g32", 24, 96), "int4.g32")
+    yes = Kernel("yes", "cpu", lambda case: None, lambda *args: None)
+    no = Kernel("no", "cpu", lambda case: Skip("no"), lambda *args: None)
+    assert dataclasses.replace(OPS["linear"], kernels=(yes,)).decompose(*args) is NotImplemented
+    close(dataclasses.replace(OPS["linear"], kernels=(no,)).decompose(*args), OPS["linear"].reference(*args))
+
+
+@each
+def test_case_reads_the_arguments(name, make):
+    op, args = OPS[name], make()
+    if op.case is None:
+        pytest.skip("has no kernel")
+    case, w = op.case(*args), next(a for a in reversed(args) if isinstance(a, list))
+    assert (case.n, case.k, case.device, case.dtype) == (w[0].shape[-2], args[0].shape[-1], torch.device("cpu"), args[0].dtype)
+    assert case.m == args[0].shape[0] and case.experts == (w[0].shape[0] if w[0].dim() == 3 else 1)
+    assert (case.input is not None) == ("@" in next(a for a in args if isinstance(a, str)))
