@@ -18,7 +18,7 @@ from torch import fx
 from . import experts
 from .infra import graph_pass
 from .normalize import LINEAR, is_element
-from .sites import CASTS, Param, Role, Site, example, rows, view
+from .sites import CASTS, Param, Role, Site, example, is_transpose, rows, view
 
 HEAD_NAMES = ("lm_head",)
 REACH = 24
@@ -67,7 +67,7 @@ def source_of(weight: Any) -> tuple[fx.Node | None, str]:
     """(parameter placeholder, view) of a canonical weight argument; (None, "") where the weight is no parameter. Casts, which autocast and models write, are seen through."""
     node, steps = weight, []
     while isinstance(node, fx.Node) and node.op != "placeholder":
-        if node.target == "t":
+        if is_transpose(node):
             steps.append("t")
         elif node.target == "flatten":
             steps.append("flat")
@@ -77,7 +77,7 @@ def source_of(weight: Any) -> tuple[fx.Node | None, str]:
             return None, ""
         node = node.args[0]
     if isinstance(node, fx.Node) and "param" in node.meta:
-        return node, ".".join(reversed(steps))
+        return node, ".".join(reversed(steps)).replace("t.t", "").strip(".")
     return None, ""
 
 

@@ -24,7 +24,7 @@ from qcompile.kernels.scaled_linear import spell
 
 from . import experts
 from .infra import graph_pass
-from .sites import CASTS, Site, example
+from .sites import CASTS, Site, example, is_transpose
 
 
 @dataclass(frozen=True)
@@ -191,5 +191,10 @@ def _input_scheme(gm: fx.GraphModule, site: Site) -> Scheme | None:
 def _erase_unused_views(graph: fx.Graph) -> None:
     """Transposes and casts of weights that nothing reads any more. Not ``eliminate_dead_code``: on a torch-level graph that would drop in-place calls whose result is unused."""
     for node in reversed(graph.nodes):
-        if node.op == "call_method" and not node.users and node.target in CASTS | {"t", "flatten"} and node.all_input_nodes[0].op in ("placeholder", "call_method"):
+        if node.users or node.op not in ("call_method", "call_function") or not (node.target in CASTS | {"flatten", operator.getitem} or is_transpose(node)):
+            continue
+        source = node.args[0]
+        while isinstance(source, fx.Node) and source.op in ("call_method", "call_function") and (source.target in CASTS | {operator.getitem} or is_transpose(source)):
+            source = source.args[0]
+        if isinstance(source, fx.Node) and "param" in source.meta:
             graph.erase_node(node)

@@ -42,18 +42,17 @@ def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     return gm
 
 
-def parameter_of(node: Any) -> tuple[fx.Node, bool] | Skip:
-    """Follow casts and transposes back to a parameter, or to one of stacked parameters: (node, transposed), or why there is none."""
-    transposed = False
+def parameter_of(node: Any) -> fx.Node | Skip:
+    """Follow casts and transposes back to a parameter, or to one of stacked parameters; or why there is none."""
     start = node
     while isinstance(node, fx.Node):
         if node.op == "placeholder" or is_element(node):
             known = node.op != "placeholder" or "param" in node.meta
-            return (node, transposed) if known else Skip("the second factor is not a parameter")
+            return node if known else Skip("the second factor is not a parameter")
         if node.target in CASTS or (node.target is getattr and node.args[1] == "data"):
             node = node.args[0]
         elif is_transpose(node):
-            node, transposed = node.args[0], not transposed
+            node = node.args[0]
         else:
             break
     return Skip(f"the weight is computed in the graph ({target_name(getattr(start, 'target', start))})")
@@ -70,7 +69,7 @@ def _linear(graph: fx.Graph, node: fx.Node) -> Skip | None:
     found = parameter_of(weight)
     if isinstance(found, Skip):
         return found
-    _replace(graph, node, x, found[0], found[1], bias)
+    _replace(graph, node, x, weight, False, bias)
     return None
 
 
@@ -84,7 +83,7 @@ def _addmm(graph: fx.Graph, node: fx.Node) -> Skip | None:
     value = example(bias)
     if value is None or value.dim() != 1:
         return Skip("addmm whose first argument is not a bias vector")
-    _replace(graph, node, x, found[0], not found[1], bias)
+    _replace(graph, node, x, weight, True, bias)
     return None
 
 
@@ -94,10 +93,10 @@ def _matmul(graph: fx.Graph, node: fx.Node) -> Skip | None:
     if isinstance(found, Skip):
         left = parameter_of(x)
         return found if isinstance(left, Skip) and not _parameters(node) else Skip("the parameter is the first factor of the product")
-    value = example(found[0])
+    value = example(found)
     if value is None or value.dim() != 2:
         return Skip(f"a product with a parameter of shape {tuple(value.shape) if value is not None else '?'}")
-    _replace(graph, node, x, found[0], not found[1], None)
+    _replace(graph, node, x, weight, True, None)
     return None
 
 
@@ -150,12 +149,15 @@ def _arguments(node: fx.Node, names: tuple[str, ...]) -> list[Any]:
     return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
 
 
-def _replace(graph: fx.Graph, node: fx.Node, x: Any, parameter: fx.Node, transposed: bool, bias: Any) -> None:
-    weight = parameter
+def _replace(graph: fx.Graph, node: fx.Node, x: Any, weight: fx.Node, transposed: bool, bias: Any) -> None:
+    """``linear(x, weight or its transpose, bias)`` in the node's place; casts of the weight stay where they are."""
     with graph.inserting_before(node):
-        if transposed:
-            weight = graph.call_method("t", (parameter,))
-            weight.meta["example_value"] = parameter.meta["example_value"].t()
+        if transposed and is_transpose(weight):
+            weight = weight.args[0]  # type: ignore[assignment]
+        elif transposed:
+            matrix = weight
+            weight = graph.call_method("t", (matrix,))
+            weight.meta["example_value"] = matrix.meta["example_value"].t()
         if node.target is LINEAR and node.args == (x, weight, bias):
             return
         y = graph.call_function(LINEAR, (x, weight, bias))

@@ -26,11 +26,12 @@ from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.qtensor import quantize
 from qcompile.core.ranges import scale_of
 from qcompile.core.recipe import Choice
+from qcompile.dumps import dump, trace_plan
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import is_released, release
 from qcompile.options import Options
-from qcompile.passes import PASSES
+from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
 from qcompile.passes.lower import Slot
@@ -77,15 +78,18 @@ class CompiledGraph:
     def _build(self, inputs: Sequence[Any]) -> None:
         context = _Context(self.options, inputs, self)
         before = [PASSES[name] for name in (*PIPELINE, *self.options.passes)]
-        planned = run(before, self.captured, context, self.steps)
+        planned = self._run(before, self.captured, context)
         self.planned = planned
         self.sites: dict[str, Site] = planned.meta["sites"]
         self.plan = planned.meta["plan"]
         self.signature = signature(planned)
         self._check(planned)
-        lowered = run([PASSES["lower"]], planned, context, self.steps)
+        lowered = self._run([PASSES["lower"]], planned, context)
         self.kernels: dict[str, str | Skip] = lowered.meta["kernels"]
         self.slots: list[Slot] = lowered.meta["slots"]
+        trace_plan(self.sites, self.plan, self.kernels)
+        if self.options.dump:
+            dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
         self._report_refusals()
         kept = self._drop_unread_weights(lowered)
         self._pin(lowered, inputs)
@@ -93,10 +97,17 @@ class CompiledGraph:
         self._kept = kept
         self._weights = sorted({slot.arg for slot in self.slots})
         self._first = tuple(id(inputs[i]) for i in self._weights)
-        if self.options.dump:
-            self._dump(self.options.dump)
         packed = [n.meta["example_value"] for n in lowered.graph.find_nodes(op="placeholder") if "packed" in n.meta]
         self._inner = self._compile(lowered, [*(inputs[i] for i in kept), *packed])
+
+    def _run(self, passes: Sequence[Pass], gm: fx.GraphModule, context: _Context) -> fx.GraphModule:
+        """Run passes; where one fails, what came before it is still dumped."""
+        try:
+            return run(passes, gm, context, self.steps)
+        except Exception:
+            if self.options.dump:
+                dump(self.options.dump, self.captured, self.steps)
+            raise
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lower == "eager":
@@ -107,6 +118,9 @@ class CompiledGraph:
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return _Eager(gm)
         patches = {**self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
+        if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
+            patches["triton.cudagraphs"] = False
+            self.notes.append("no CUDA graph for this graph: it makes a cache that outlives the call; the graphs that read the cache have theirs")
         start = compat.kernel_count()
         compiled = compat.inductor(gm, inputs, patches, decompositions(OPS))
         self.kernel_count = compat.kernel_count() - start
@@ -248,16 +262,6 @@ class CompiledGraph:
             self._served[key] = found
         return found
 
-    def _dump(self, folder: str) -> None:
-        name = f"graph{next(_NUMBERS):02d}"
-        path = pathlib.Path(folder) / name
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "00_capture.txt").write_text(self.steps[0].before + "\n")
-        for step in self.steps:
-            stem = f"{step.index + 1:02d}_{step.name}"
-            (path / f"{stem}.txt").write_text(step.after + "\n")
-            (path / f"{stem}.diff").write_text(step.diff() + "\n")
-
 
 def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
     """What a slot reads for one parameter."""
@@ -337,14 +341,6 @@ def _warn_once(key: Any, message: str) -> None:
         warnings.warn(message, QcompileWarning, stacklevel=3)
 
 
-def _numbers() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
-
-
-_NUMBERS = _numbers()
 _COLLECTORS: list[Callable[[CompiledGraph, Sequence[Any]], None]] = []
 _OBSERVERS: list[set[CompiledGraph]] = []
 

@@ -14,6 +14,7 @@ from qcompile.weights import owners
 
 MUTATING = {"copy_", "add_", "sub_", "mul_", "div_", "index_copy_", "index_add_", "index_fill_", "index_put_", "scatter_", "scatter_add_", "zero_", "fill_", "masked_fill_", "clamp_"}
 MUTATING |= {"__setitem__", "setitem", "iadd", "isub", "imul"}
+CREATING = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full"}
 VIEWS = {"view", "reshape", "narrow", "select", "slice", "getitem", "__getitem__", "transpose", "t", "unsqueeze", "squeeze", "flatten", "expand", "permute", "detach"}
 
 
@@ -34,6 +35,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "") -> fx.Gra
             node.meta["mutated"] = True
             compat.mark_static(node)
     copy.meta["skipped"] = []
+    copy.meta["creates_state"] = _creates_state(copy.graph)
     return copy
 
 
@@ -42,6 +44,23 @@ def dotted(source: str) -> str:
     tail = re.sub(r"^\w*\[[^\]]*\]|^\w+", "", source, count=1)
     parts = re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", tail)
     return ".".join(name for name in (a or b for a, b in parts) if name not in ("_modules", "_parameters", "_buffers"))
+
+
+def _creates_state(graph: fx.Graph) -> bool:
+    """Some output is a tensor that the graph makes and then fills in place: a cache that outlives the call (the prefill of a static cache that is allocated lazily).
+
+    Such memory must not come from a CUDA graph's pool, which the next replay overwrites.
+    """
+    for node in graph.find_nodes(op="output")[0].all_input_nodes:
+        while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            if name not in MUTATING | VIEWS:
+                break
+            node = node.args[0]
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name in CREATING and _is_written(node):
+            return True
+    return False
 
 
 def _is_written(node: fx.Node, depth: int = 0) -> bool:

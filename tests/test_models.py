@@ -1,0 +1,111 @@
+"""Real architectures, tiny and random: one graph, experts included, at least 95 % of the linear bytes quantized, and as right as rounding the same weights lets them be.
+
+All run with the eager lowering here, some through Inductor on the CPU, all through Inductor where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tiny_models import TINY, tiny
+
+from qcompile.backend import CompiledGraph, collecting
+from qcompile.core.errors import QcompileWarning
+from qcompile.core.qtensor import dequantize, quantize
+from qcompile.passes.sites import view
+
+SAMPLE = ("llama", "gpt2", "bert", "mixtral", "opt")
+RECIPES = ("W8A8", "W4A16")
+REQUIRED = {
+    "llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "mixtral", "qwen2_moe", "deepseek_v3", "mamba2", "bert", "roberta", "modernbert", "t5",
+    "bart", "vit", "clip", "whisper",
+}  # fmt: skip
+FACTOR = 3.0
+"""Activations are rounded beside the weights, with about the same number of bits: their error may add up to twice that of the weights."""
+
+
+def test_the_list_is_whole():
+    assert set(TINY) >= REQUIRED
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", TINY)
+def test_eager_lowering(name, recipe):
+    check(*tiny(name), recipe, {"lower": "eager"})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", SAMPLE)
+def test_inductor(name, recipe):
+    check(*tiny(name), recipe, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", TINY)
+def test_inductor_gpu(name, recipe):
+    check(*on_gpu(name, torch.float32), recipe, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral", "qwen2_moe", "gpt_oss", "llama4", "deepseek_v3"])
+def test_inductor_gpu_bf16(name, recipe):
+    check(*on_gpu(name, torch.bfloat16), recipe, {})
+
+
+def on_gpu(name, dtype):
+    """Without a cache for the encoder-decoders: torch 2.11's Dynamo does not take the deepcopy with which transformers makes one."""
+    model, inputs = tiny(name, dtype=dtype)
+    if name in ("t5", "bart", "whisper"):
+        inputs["use_cache"] = False
+    return model.cuda(), {k: v.cuda() if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def check(model, inputs, recipe, options):
+    """One graph, coverage, and the error against that of the same weights rounded in eager."""
+    graphs: list[tuple[CompiledGraph, tuple]] = []
+    fast = torch.compile(model, backend="qcompile", fullgraph=True, options={"recipe": recipe, **options})
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", QcompileWarning)
+        truth = main_output(model(**inputs))
+        with collecting(lambda graph, args: graphs.append((graph, args))):
+            y = main_output(fast(**inputs))
+        assert len(graphs) == 1
+        graph, args = graphs[0]
+        assert coverage(graph) >= 0.95
+        rounded = main_output(with_rounded_weights(model, graph, args)(**inputs))
+    assert y.shape == truth.shape and y.dtype == truth.dtype and torch.isfinite(y).all()
+    cost = distance(rounded, truth)
+    assert cost > 0, "nothing was rounded"
+    if recipe == "W4A16" and truth.dtype == torch.float32:  # nothing but the weights is rounded: the same model
+        assert distance(y, rounded) < 1e-4 + 0.02 * cost
+    else:
+        assert distance(y, truth) < FACTOR * cost + {torch.float32: 1e-4, torch.bfloat16: 5e-2}[truth.dtype]
+
+
+def main_output(out):
+    """The first tensor of a model's output: logits, or the last hidden state."""
+    return next(v for v in (out.values() if hasattr(out, "values") else out) if torch.is_tensor(v))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def coverage(graph: CompiledGraph) -> float:
+    """Quantized bytes over the bytes of all linears and experts; heads and routers are not counted."""
+    sites = [s for s in graph.sites.values() if s.role not in ("head", "router")]
+    missed = sum(left.nbytes for left in graph.planned.meta["skipped"] if "convolution" not in left.reason)
+    return sum(s.nbytes for s in sites if s.name in graph.kernels) / (sum(s.nbytes for s in sites) + missed)
+
+
+def with_rounded_weights(model, graph, args):
+    """The model with each quantized weight replaced by its rounded value."""
+    for name in graph.kernels:
+        site = graph.sites[name]
+        matrix = view(args[site.param.index].data, site.view)
+        matrix.copy_(dequantize(quantize(matrix, graph.plan[name].weight), matrix.dtype))
+    return model
