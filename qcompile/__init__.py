@@ -5,7 +5,9 @@ from qcompile.core.errors import OptionError, QcompileError, QcompileWarning, St
 from qcompile.core.formats import FORMATS, Format
 from qcompile.core.recipe import RECIPES, Recipe, Rule
 from qcompile.core.scheme import Scheme
+from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights
+from qcompile.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,10 +18,12 @@ __all__ = [
     "QcompileError",
     "QcompileWarning",
     "Recipe",
+    "Report",
     "Rule",
     "Scheme",
     "StrictError",
     "WeightError",
+    "explain",
     "refresh",
     "release_weights",
 ]

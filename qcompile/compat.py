@@ -263,11 +263,16 @@ def backend_name(fast: Any) -> str | None:
     return str(getattr(wrapper, "compiler_name", getattr(fn, "__name__", "")))
 
 
+def recompile_limit() -> int:
+    """How many graphs Dynamo keeps of one function."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
 def at_recompile_limit(functions: Iterable[Any]) -> list[str]:
     """Names of functions for which Dynamo holds as many graphs as it may: a call that needs another one runs eagerly."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
-    limit = torch._dynamo.config.recompile_limit
+    limit = recompile_limit()
     codes = {fn.__code__ for fn in functions if hasattr(fn, "__code__")}
     return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) >= limit)
 

@@ -12,10 +12,12 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 
+from torch import fx
+
 from qcompile import compat
 from qcompile.core.errors import Skip
 from qcompile.core.recipe import Choice
-from qcompile.passes.infra import Step
+from qcompile.passes.infra import Step, text
 from qcompile.passes.sites import Site
 
 _OURS = re.compile(r"\d\d_\w+\.(txt|diff)|kernels\.txt")
@@ -23,8 +25,17 @@ _next: dict[pathlib.Path, int] = {}
 _lock = threading.Lock()
 
 
-def dump(folder: str, steps: Sequence[Step], sites: Mapping[str, Site], plan: Mapping[str, Choice | Skip], kernels: Mapping[str, str | Skip]) -> pathlib.Path:
-    """Write one graph; returns its folder. Graphs of one process are numbered in each folder; what an earlier process left under the same number is replaced."""
+Plan = Mapping[str, Choice | Skip]
+Kernels = Mapping[str, str | Skip]
+
+
+def dump(
+    folder: str, captured: fx.GraphModule, steps: Sequence[Step], sites: Mapping[str, Site] | None = None, plan: Plan | None = None, kernels: Kernels | None = None
+) -> pathlib.Path:
+    """Write one graph; returns its folder. Graphs of one process are numbered in each folder; what an earlier process left under the same number is replaced.
+
+    Without ``kernels`` (a pass failed) what the earlier passes gave is written.
+    """
     root = pathlib.Path(folder).expanduser().resolve()
     with _lock:
         number = _next.get(root, 0)
@@ -34,17 +45,17 @@ def dump(folder: str, steps: Sequence[Step], sites: Mapping[str, Site], plan: Ma
     for old in path.iterdir():
         if _OURS.fullmatch(old.name):
             old.unlink()
-    if steps:
-        _write(path / "00_capture.txt", steps[0].before)
+    _write(path / "00_capture.txt", steps[0].before if steps else text(captured))
     for step in steps:
         stem = f"{step.index + 1:02d}_{step.name}"
         _write(path / f"{stem}.txt", step.after)
         _write(path / f"{stem}.diff", step.diff())
-    _write(path / "kernels.txt", kernel_lines(sites, plan, kernels))
+    if sites is not None and plan is not None and kernels is not None:
+        _write(path / "kernels.txt", kernel_lines(sites, plan, kernels))
     return path
 
 
-def kernel_lines(sites: Mapping[str, Site], plan: Mapping[str, Choice | Skip], kernels: Mapping[str, str | Skip]) -> str:
+def kernel_lines(sites: Mapping[str, Site], plan: Plan, kernels: Kernels) -> str:
     """A line for each site: its name, shape, scheme and kernel, or why it has none."""
     rows = [(name, "x".join(map(str, sites[name].shape)), *_decision(plan[name], kernels.get(name))) for name in sites]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
@@ -58,7 +69,7 @@ def _decision(choice: Choice | Skip, kernel: str | Skip | None) -> tuple[str, st
     return str(choice), f"reference: {kernel.reason}" if isinstance(kernel, Skip) else kernel or "not lowered"
 
 
-def trace_plan(sites: Mapping[str, Site], plan: Mapping[str, Choice | Skip], kernels: Mapping[str, str | Skip]) -> None:
+def trace_plan(sites: Mapping[str, Site], plan: Plan, kernels: Kernels) -> None:
     """The artifact ``qcompile_plan`` where TORCH_TRACE is set."""
     rows = {}
     for name, site in sites.items():
@@ -73,5 +84,5 @@ def trace_plan(sites: Mapping[str, Site], plan: Mapping[str, Choice | Skip], ker
     compat.trace_artifact("qcompile_plan", json.dumps(rows, indent=1), "json")
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    path.write_text(text + "\n" if text else "", encoding="utf-8", newline="\n")
+def _write(path: pathlib.Path, content: str) -> None:
+    path.write_text(content + "\n" if content else "", encoding="utf-8", newline="\n")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from qcompile import compat
 from qcompile.core.errors import QcompileError, Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
+from qcompile.missed import functions, limit, module_of, unread, why_nothing
 from qcompile.report import EXACT_DB, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def explain(fast: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     with torch.no_grad(), collecting(collector):
         fast(*args, **kwargs)
     if not collector.uses:
-        raise QcompileError(f"no graph compiled by qcompile ran in this call: {_why_nothing(fast)}")
+        raise QcompileError(f"no graph compiled by qcompile ran in this call: {why_nothing(fast)}")
     return collector.report(fast)
 
 
@@ -95,6 +95,8 @@ class _Collector:
         self.weights: dict[int, _Weight] = {}
         self.graphs: list[CompiledGraph] = []
         self._names: dict[int, tuple[nn.Module, str, str]] = {}
+        self._scanned: set[int] = set()
+        self._numbers: dict[int, int] = {}
 
     def __call__(self, graph: CompiledGraph, args: Sequence[Any]) -> None:
         parameters = [a for a in args if isinstance(a, nn.Parameter)]
@@ -105,7 +107,7 @@ class _Collector:
         if graph not in self.graphs:
             self.graphs.append(graph)
         use = self.uses[key] = _Use(graph, parameters)
-        with compat.no_dispatch_modes():
+        with compat.no_dispatch_modes(), torch.no_grad():
             self._measure(use, args)
 
     def _measure(self, use: _Use, args: Sequence[Any]) -> None:
@@ -126,11 +128,11 @@ class _Collector:
                 bits = 8 * after / max(site.nbytes // site.dtype.itemsize, 1)
                 given = str(choice.input) if choice.input else None
                 decibels = measured.weight_db(site), measured.output_db.get(site.name)
-                row = SiteRow(name, site.shape, site.role, str(choice.weight), given, choice.why, bits, *decibels, _kernel(graph, site), rows, regime(rows), site.nbytes, after, flops, number)
-                use.sites.append(row)
+                sizes = site.nbytes, after, flops, self._number(parameter), number
+                use.sites.append(SiteRow(name, site.shape, site.role, str(choice.weight), given, choice.why, bits, *decibels, _kernel(graph, site), rows, regime(rows), *sizes))
             else:
                 weight.kept = True
-                use.kept.append(KeptRow(name, site.shape, site.role, str(choice), site.nbytes, rows, flops, number))
+                use.kept.append(KeptRow(name, site.shape, site.role, str(choice), site.nbytes, self._number(parameter), rows, flops, number))
         self._left_alone(use, args, number, names)
 
     def _left_alone(self, use: _Use, args: Sequence[Any], number: int, names: dict[int, tuple[nn.Module, str, str]]) -> None:
@@ -141,32 +143,36 @@ class _Collector:
             weight.roles.add("other")
             weight.kept = True
             _, path, name = names.get(id(parameter), (None, "", ""))
-            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, graph=number))
+            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, self._number(parameter), graph=number))
 
     def _owners(self, parameters: Sequence[nn.Parameter]) -> dict[int, tuple[nn.Module, str, str]]:
         """One scan of the live modules serves the whole call, unless modules were made meanwhile."""
         from qcompile.weights import owners
 
-        if any(id(p) not in self._names for p in parameters):
+        if any(id(p) not in self._scanned for p in parameters):
             self._names = owners()
+            self._scanned = {*self._names, *map(id, parameters)}
         return self._names
+
+    def _number(self, parameter: Tensor) -> int:
+        return self._numbers.setdefault(id(parameter), len(self._numbers))
 
     def report(self, fast: Any) -> Report:
         """Rows of all graphs, the parameters that none of them read, and the sums."""
-        module = _module(fast)
+        module = module_of(fast)
         seen = {id(p) for use in self.uses.values() for p in use.parameters}
-        unread = list(_unread(module, seen)) if module is not None else []
-        for row, parameter, counts in unread:
+        missed = list(unread(module, seen, self._number)) if module is not None else []
+        for row, parameter, counts in missed:
             if counts:
                 self.weights[id(parameter)] = _Weight(parameter, roles={row.role}, kept=True)
         sites = [row for use in self.uses.values() for row in use.sites]
-        kept = [row for use in self.uses.values() for row in use.kept] + [row for row, _, _ in unread]
+        kept = [row for use in self.uses.values() for row in use.kept] + [row for row, _, _ in missed]
         graphs = tuple(self._graph_row(i, graph) for i, graph in enumerate(self.graphs))
         notes = [f"graph {row.index}: {note}" for row in graphs for note in row.notes]
         if not any(row.sites for row in graphs):
             notes.append("no linear was found in the graphs that ran")
-        if unread and (full := compat.at_recompile_limit(_functions(fast))):
-            notes.append(_limit(full))
+        if missed and (full := compat.at_recompile_limit(functions(fast))):
+            notes.append(limit(full))
         held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])
         return Report(tuple(sites), tuple(kept), graphs, self._totals(held), tuple(dict.fromkeys(notes)))
 
@@ -183,9 +189,11 @@ class _Collector:
         plain = [w for w in weights if not w.roles <= set(APART)]
         flops = {apart: [0, 0] for apart in (False, True)}
         for use in self.uses.values():
-            for row in (*use.sites, *use.kept):
-                flops[row.role in APART][isinstance(row, SiteRow)] += row.flops * use.calls
-        (kept, quantized), (kept_apart, quantized_apart) = flops[False], flops[True]
+            pairs: list[tuple[Sequence[SiteRow] | Sequence[KeptRow], bool]] = [(use.sites, True), (use.kept, False)]
+            for rows, quantized in pairs:
+                for row in rows:
+                    flops[row.role in APART][quantized] += row.flops * use.calls
+        (kept, packed_flops), (kept_apart, packed_apart) = flops[False], flops[True]
         records = {id(r): r for p in held if (r := TABLE.get(p)) is not None}.values()
         packed = [t for record in records for entry in record.entries.values() for t in entry.tensors]
         return Totals(
@@ -193,8 +201,8 @@ class _Collector:
             bytes_after=sum(w.after() for w in weights),
             coverage=_share(sum(w.covered() for w in plain), sum(w.parameter.nbytes for w in plain)),
             coverage_all=_share(sum(w.covered() for w in weights), sum(w.parameter.nbytes for w in weights)),
-            coverage_flops=_share(quantized, quantized + kept),
-            coverage_flops_all=_share(quantized + quantized_apart, quantized + quantized_apart + kept + kept_apart),
+            coverage_flops=_share(packed_flops, packed_flops + kept),
+            coverage_flops_all=_share(packed_flops + packed_apart, packed_flops + packed_apart + kept + kept_apart),
             resident_bytes=_storages([*packed, *held]),
             released=sum(record.released is not None for record in records),
         )
@@ -302,78 +310,6 @@ def _storages(tensors: Sequence[Tensor]) -> int:
     """Bytes of the storages behind the tensors, each once."""
     found = {(t.device, s.data_ptr()): s.nbytes() for t in tensors if t.device.type != "meta" for s in [t.untyped_storage()]}
     return sum(found.values())
-
-
-# --- what no graph read, and why nothing ran ---------------------------------------------------------------------------
-
-
-def _module(fast: Any) -> nn.Module | None:
-    """The model behind ``fast``: a module, or the owner of a bound method."""
-    inner = compat.original(fast)
-    inner = inner if isinstance(inner, nn.Module) else getattr(inner, "__self__", None)
-    inner = compat.original(inner) if isinstance(inner, nn.Module) else None
-    return inner if isinstance(inner, nn.Module) else None
-
-
-def _unread(module: nn.Module, seen: set[int]) -> Iterator[tuple[KeptRow, nn.Parameter, bool]]:
-    """(row, parameter, counts as a weight of products) of parameters with two or more axes that no graph took."""
-    found = set(seen)
-    for path, owner in module.named_modules():
-        for name, p in owner._parameters.items():
-            if p is None or p.dim() < 2 or id(p) in found:
-                continue
-            found.add(id(p))
-            table = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
-            reason = "no compiled graph reads it in this call" + (" (an embedding table)" if table else "")
-            if p.dim() == 3 and _eager_experts(module, path):
-                reason += ": its experts run in an eager Python loop; model.set_experts_implementation('grouped_mm') lets them be compiled"
-            full = f"{path}.{name}".replace("_orig_mod.", "").strip(".").removesuffix(".weight")
-            yield KeptRow(full, tuple(p.shape), "unread", reason, p.nbytes), p, not table
-
-
-def _eager_experts(module: nn.Module, path: str) -> bool:
-    """The nearest configuration above a module says that its experts run one by one."""
-    parts = path.split(".")
-    for depth in range(len(parts), -1, -1):
-        config = getattr(module.get_submodule(".".join(parts[:depth])), "config", None)
-        if config is not None:
-            return getattr(config, "_experts_implementation", None) == "eager"
-    return False
-
-
-def _functions(fast: Any) -> list[Any]:
-    """Functions that Dynamo may have compiled for ``fast``: its own, and the forwards of all modules below it."""
-    inner, module = compat.original(fast), _module(fast)
-    own = [inner] if inspect.isroutine(inner) else []
-    return own + ([type(m).forward for m in module.modules()] if module is not None else [])
-
-
-def _limit(full: Sequence[str]) -> str:
-    return (
-        f"Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for {', '.join(full)}: calls that need another graph run eagerly, unquantized. "
-        "Raise torch._dynamo.config.recompile_limit, or compile the whole model"
-    )
-
-
-def _why_nothing(fast: Any) -> str:
-    from qcompile import backend
-
-    module = _module(fast)
-    backends = {name for part in (fast, *(module.modules() if module is not None else ())) if (name := compat.backend_name(part)) is not None}
-    if not backends and (module is not None or not hasattr(compat.original(fast), "__closure__")):
-        return f"this {type(fast).__name__} is not compiled; give explain what torch.compile(model, backend='qcompile') returned."
-    if backends and not backends & {"qcompile", ""}:
-        return f"it is compiled with backend {', '.join(map(repr, sorted(backends)))}, not 'qcompile'."
-    if off := compat.dynamo_is_off():
-        return f"Dynamo is off: {off}."
-    if full := compat.at_recompile_limit(_functions(fast)):
-        return _limit(full) + "."
-    reasons = ["Dynamo captured no tensor operation (everything is disabled, or runs in code that it skips)"]
-    if "training" in backend._WARNED:
-        reasons.insert(0, "the call turns grad mode on and a parameter requires grad, so the plain graph was compiled")
-    if not backends:
-        reasons.insert(0, "the function calls nothing that is compiled with backend='qcompile'")
-    return "; or ".join(reasons) + "."
 
 
 __all__ = ["explain", "sqnr"]

@@ -72,7 +72,7 @@ class Format:
 
 
 def _bias(fmt: Format) -> int:
-    return 2 ** (fmt.exp - 1) - 1
+    return (1 << (fmt.exp - 1)) - 1
 
 
 @lru_cache(None)
@@ -142,7 +142,8 @@ def _encode_minifloat(x: Tensor, fmt: Format) -> Tensor:
     if fmt.man == 0:
         n = n - ((ratio == 1.5) & ((e - least) % 2 == 1)).to(torch.int32)
     code = n + ((e - least) << fmt.man)
-    return (code + torch.signbit(x).to(torch.int32) * 2 ** (fmt.bits - 1)).to(torch.uint8)
+    sign = torch.signbit(x).to(torch.int32) << (fmt.bits - 1)
+    return (code + sign).to(torch.uint8)
 
 
 def decode(codes: Tensor, fmt: Format) -> Tensor:

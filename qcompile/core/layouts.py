@@ -35,8 +35,7 @@ def planes(bits: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _pack_planes(codes: Tensor, bits: int) -> Tensor:
-    *lead, k = codes.shape
-    codes = torch.nn.functional.pad(codes, (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))  # (..., blocks, 128)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (..., blocks, 128)
     parts = []
     for width, shift, _ in planes(bits):
         part = ((codes >> shift) & (2**width - 1)).unflatten(-1, (8 // width, 16 * width))  # (..., blocks, position in byte, byte)

@@ -75,12 +75,13 @@ def tile(x: Tensor, group: tuple[int, int]) -> Tensor:
     n, k = x.shape[-2:]
     if n % r or k % c:
         x = F.pad(x, (0, -k % c, 0, -n % r))
-    return x.unflatten(-1, (-1, c)).unflatten(-3, (-1, r))
+    t: Tensor = x.unflatten(-1, (-1, c)).unflatten(-3, (-1, r))
+    return t
 
 
 def untile(t: Tensor, n: int, k: int) -> Tensor:
-    """Inverse of ``tile``."""
-    return t.flatten(-2).flatten(-3, -2)[..., :n, :k]
+    """Inverse of ``tile``; contiguous, as the ops' shape rules promise."""
+    return t.flatten(-2).flatten(-3, -2)[..., :n, :k].contiguous()
 
 
 def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:

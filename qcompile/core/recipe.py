@@ -11,10 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from .errors import OptionError, unknown
-from .scheme import Scheme
+from .scheme import FULL, Scheme
 
 KEEP = "16bit"
 """The spelling of "leave this linear alone" where a scheme is expected."""
+
+
+def input_scheme(spelling: str | Scheme) -> Scheme:
+    """The scheme of activations that a spelling names; OptionError for what only weights have."""
+    s = Scheme.parse(spelling)
+    if s.group[0] not in (1, FULL) or s.zero == "min" or s.scale is not None or s.layout:
+        raise OptionError(
+            f"input scheme '{s}': activations are scaled by 'tensor', 'row' or 'g<columns>', with 'point' or without; blocks of rows, minima, quantized scales and layouts are for weights"
+        )
+    return s
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Rule:
         if self.weight is not None:
             Scheme.parse(self.weight)
         if self.input is not None:
-            Scheme.parse(self.input)
+            input_scheme(self.input)
 
     def matches(self, name: str, kind: str = "") -> bool:
         """Whether the rule names this linear; ``kind`` is the class name of its module."""
@@ -68,14 +78,16 @@ class Recipe:
     doc: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for scheme in (self.weight, self.input, self.head):
+        for scheme in (self.weight, self.head):
             if scheme is not None and scheme != KEEP:
                 Scheme.parse(scheme)
+        if self.input is not None and self.input != KEEP:
+            input_scheme(self.input)
 
     def override(self, *, weight: str | None = None, input: str | None = None, head: str | None = None, ignore: Iterable[str] = ()) -> Recipe:
         """The recipe with other schemes; ``input=KEEP`` drops the input scheme; ``ignore`` puts rules that keep 16 bits before the others."""
         rules = (*(Rule(pattern) for pattern in ignore), *self.rules)
-        x = self.input if input is None else None if input == KEEP else str(Scheme.parse(input))
+        x = self.input if input is None else None if input == KEEP else str(input_scheme(input))
         name = self.name if weight is None and input is None else "custom"
         return replace(self, name=name, weight=str(Scheme.parse(weight)) if weight else self.weight, input=x, head=head or self.head, rules=rules)
 

@@ -52,7 +52,9 @@ class Scheme:
         if self.scale is not None and self.scale.static:
             raise OptionError(f"scheme '{self}': scales have no static range; write '/{replace(self.scale, static=False)}'")
         if self.zero == "min" and self.fmt.lo != 0 and self.scale is not None and self.scale.fmt.lo == 0 and self.scale.zero == "none":
-            raise OptionError(f"scheme '{self}': minima of {self.fmt} may be negative, which '{self.scale}' cannot hold; take an unsigned format for the weight or a signed one for the scales")
+            raise OptionError(
+                f"scheme '{self}': minima of {self.fmt} may be negative, which '{self.scale}' cannot hold; take an unsigned format for the weight or a signed one for the scales"
+            )
 
     def __str__(self) -> str:
         named = next((name for name, group in GROUPS.items() if group == self.group), "")

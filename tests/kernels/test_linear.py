@@ -27,9 +27,9 @@ def close64(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
 @pytest.mark.parametrize("spelling", WEIGHTS)
 def test_float64(spelling):
     s = Scheme.parse(spelling)
-    for n, k in ((17, 129), (1, 1), (16, 128), (33, 300)):
+    for n, k in ((17, 129), (1, 1), (33, 300)):
         q = quantize(torch.randn(n, k), s)
-        for shape in ((1, k), (3, k), (2, 3, k), (0, k), (2, 0, k), (k,)):
+        for shape in ((1, k), (2, 3, k), (0, k), (k,)):
             x = torch.randn(shape)
             y = target("linear")(x, q.flatten(), spelling)
             assert y.shape == (*shape[:-1], n) and y.dtype == torch.float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -20,8 +22,10 @@ SHAPES = [(4, 96), (1, 1), (2, 3, 70), (7,), (1, 5, 1, 33)]
 
 
 def check_error(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, s: Scheme) -> None:
-    grid = sorted({float(v) for v in qtensor.decode(torch.arange(2**s.fmt.bits, dtype=torch.uint8).view(s.fmt.native or torch.uint8), s.fmt)}) if s.fmt.kind != "int" else [0.0, 1.0]
-    gap = max(b - a for a, b in zip(grid, grid[1:]) if b - a < float("inf")) if s.fmt.kind != "int" else 1.0
+    grid = (
+        sorted({float(v) for v in qtensor.decode(torch.arange(2**s.fmt.bits, dtype=torch.uint8).view(s.fmt.native or torch.uint8), s.fmt)}) if s.fmt.kind != "int" else [0.0, 1.0]
+    )
+    gap = max(b - a for a, b in pairwise(grid) if b - a < float("inf")) if s.fmt.kind != "int" else 1.0
     columns = s.extent(1, x.shape[-1])[1]
     wide = scale if scale.numel() == 1 or scale.shape[-1] == 1 else scale.repeat_interleave(columns, -1)[..., : x.shape[-1]]
     assert bool(((y - x.float()).abs() <= 0.5 * gap * wide * (1 + 1e-4) + 1e-6 * x.float().abs()).all())

@@ -58,7 +58,9 @@ def test_float64(x, w):
             assert bool(((y.double() - x64 @ w64.T).abs() <= bound).all())
 
 
-@pytest.mark.parametrize(("x", "w"), [("int8.row", "int8.row"), ("int8.tensor", "int4.row"), ("int8.row", "uint4.row.point"), ("uint8.row.point", "int8.row"), ("int8.row", "int2.row")])
+@pytest.mark.parametrize(
+    ("x", "w"), [("int8.row", "int8.row"), ("int8.tensor", "int4.row"), ("int8.row", "uint4.row.point"), ("uint8.row.point", "int8.row"), ("int8.row", "int2.row")]
+)
 def test_integers_are_exact(x, w):
     """With unit scales and sums below 2**24 the float32 result is the integer; the largest codes included."""
     sx, sw = parse(f"{x} @ {w}")

@@ -1,0 +1,43 @@
+# make demo   quantize and run the shipped language model, compare, draw a picture
+# make test   lint, types, all tests
+# Each makes its own environment in .venv; what is needed before is Python 3.11 or newer and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= 2
+
+.PHONY: demo test lint types unit bench env clean
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	PYTHON=$(CURDIR)/$(BIN)/python sh .ci/mypy.sh
+
+# one thread for each worker: two workers on two cores would otherwise wait for each other
+unit: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=15
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py cpu
+
+env: $(READY)
+
+# torch first and by its version: an unpinned torch may bring gigabytes of CUDA with it
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qcompile needs Python 3.11 or newer, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

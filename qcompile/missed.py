@@ -1,0 +1,83 @@
+"""What a call did not run through qcompile, and why: parameters that no compiled graph reads, and calls in which no graph ran at all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from qcompile import compat
+from qcompile.report import KeptRow
+
+
+def module_of(fast: Any) -> nn.Module | None:
+    """The model behind ``fast``: a module, or the owner of a bound method."""
+    inner = compat.original(fast)
+    inner = inner if isinstance(inner, nn.Module) else getattr(inner, "__self__", None)
+    inner = compat.original(inner) if isinstance(inner, nn.Module) else None
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def unread(module: nn.Module, seen: set[int], number: Callable[[nn.Parameter], int]) -> Iterator[tuple[KeptRow, nn.Parameter, bool]]:
+    """(row, parameter, counts as a weight of products) of parameters with two or more axes that no graph took; ``number`` numbers them for the report."""
+    found = set(seen)
+    for path, owner in module.named_modules():
+        for name, p in owner._parameters.items():
+            if p is None or p.dim() < 2 or id(p) in found:
+                continue
+            found.add(id(p))
+            table = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
+            reason = "no compiled graph reads it in this call" + (" (an embedding table)" if table else "")
+            if p.dim() == 3 and _eager_experts(module, path):
+                reason += ": its experts run in an eager Python loop; model.set_experts_implementation('grouped_mm') lets them be compiled"
+            full = f"{path}.{name}".replace("_orig_mod.", "").strip(".").removesuffix(".weight")
+            yield KeptRow(full, tuple(p.shape), "unread", reason, p.nbytes, number(p)), p, not table
+
+
+def _eager_experts(module: nn.Module, path: str) -> bool:
+    """The nearest configuration above a module says that its experts run one by one."""
+    parts = path.split(".")
+    for depth in range(len(parts), -1, -1):
+        config = getattr(module.get_submodule(".".join(parts[:depth])), "config", None)
+        if config is not None:
+            return getattr(config, "_experts_implementation", None) == "eager"
+    return False
+
+
+def functions(fast: Any) -> list[Any]:
+    """Functions that Dynamo may have compiled for ``fast``: its own, and the forwards of all modules below it."""
+    inner, module = compat.original(fast), module_of(fast)
+    own = [inner] if inspect.isroutine(inner) else []
+    return own + ([type(m).forward for m in module.modules()] if module is not None else [])
+
+
+def limit(full: Sequence[str]) -> str:
+    """What Dynamo's recompile limit does to the functions that reached it."""
+    return (
+        f"Dynamo's recompile limit ({compat.recompile_limit()}) is reached for {', '.join(full)}: calls that need another graph run eagerly, unquantized. "
+        "Raise torch._dynamo.config.recompile_limit, or compile the whole model"
+    )
+
+
+def why_nothing(fast: Any) -> str:
+    """Why a call of ``fast`` ran no graph of ours: what can be seen from outside, else the reasons that are left."""
+    from qcompile import backend
+
+    module = module_of(fast)
+    backends = {name for part in (fast, *(module.modules() if module is not None else ())) if (name := compat.backend_name(part)) is not None}
+    if not backends and (module is not None or not hasattr(compat.original(fast), "__closure__")):
+        return f"this {type(fast).__name__} is not compiled; give explain what torch.compile(model, backend='qcompile') returned."
+    if backends and not backends & {"qcompile", ""}:
+        return f"it is compiled with backend {', '.join(map(repr, sorted(backends)))}, not 'qcompile'."
+    if off := compat.dynamo_is_off():
+        return f"Dynamo is off: {off}."
+    if full := compat.at_recompile_limit(functions(fast)):
+        return limit(full) + "."
+    reasons = ["Dynamo captured no tensor operation (everything is disabled, or runs in code that it skips)"]
+    if "training" in backend._WARNED:
+        reasons.insert(0, "the call turns grad mode on and a parameter requires grad, so the plain graph was compiled")
+    if not backends:
+        reasons.insert(0, "the function calls nothing that is compiled with backend='qcompile'")
+    return "; or ".join(reasons) + "."

@@ -1,0 +1,80 @@
+"""What ran outside qcompile is listed, and a call in which nothing ran says why."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from explained import EAGER
+from torch import nn
+
+import qcompile
+from qcompile.core.errors import QcompileError
+
+
+def test_experts_in_a_python_loop():
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(_experts_implementation="eager")
+            self.fc, self.experts = nn.Linear(32, 32), nn.Parameter(torch.randn(4, 32, 32))
+
+        @torch.compiler.disable
+        def loop(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(x @ w for w in self.experts)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.loop(self.fc(x))
+
+    report = qcompile.explain(torch.compile(Loop(), backend="qcompile", options=EAGER), torch.randn(2, 32))
+    (row,) = report.kept
+    assert row.name == "experts" and "no compiled graph reads it" in row.reason and "set_experts_implementation('grouped_mm')" in row.reason
+    assert report.totals.coverage == 1 / 5
+
+
+@pytest.mark.parametrize("what", ["module", "other backend", "function", "grad", "disabled"])
+def test_nothing_ran(what):
+    layer = nn.Linear(32, 32)
+    fast, message = {
+        "module": lambda: (layer, r"this Linear is not compiled; .*backend='qcompile'"),
+        "other backend": lambda: (torch.compile(layer, backend="eager"), r"compiled with backend 'eager', not 'qcompile'"),
+        "function": lambda: (lambda x: layer(x), r"the function calls nothing that is compiled"),
+        "grad": lambda: (torch.enable_grad()(torch.compile(layer, backend="qcompile", options=EAGER)), r"turns grad mode on"),
+        "disabled": lambda: (torch.compile(layer, backend="qcompile"), r"set_stance\('force_eager'\)"),
+    }[what]()
+    stance = "force_eager" if what == "disabled" else "default"
+    with torch.compiler.set_stance(stance), pytest.raises(QcompileError, match=message):
+        qcompile.explain(fast, torch.randn(2, 32))
+
+
+class Numbered(nn.Module):
+    """Each instance needs a graph of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.fc = number, nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.number
+
+
+def test_recompile_limit():
+    model = nn.Sequential(*(Numbered(i) for i in range(5))).eval()
+    for layer in model:
+        layer.compile(backend="qcompile", options=EAGER, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        report = qcompile.explain(model, torch.randn(2, 32))
+        assert [row.name for row in report.kept] == ["3.fc", "4.fc"] and report.totals.coverage == 3 / 5
+        assert any("recompile limit (3) is reached for Numbered.forward" in note for note in report.notes)
+        with pytest.raises(QcompileError, match=r"recompile limit \(3\) is reached for Numbered.forward"):
+            qcompile.explain(model[4], torch.randn(2, 32))
+
+
+def test_errors_of_the_model_are_its_own():
+    fast = torch.compile(nn.Linear(32, 32), backend="qcompile", options=EAGER)
+    with pytest.raises(Exception, match=r"shape|size"):
+        qcompile.explain(fast, torch.randn(2, 31))
+    from qcompile.backend import _COLLECTORS
+
+    assert not _COLLECTORS
