@@ -65,8 +65,8 @@ def gpu_supports(c: Case) -> Skip | None:
         return Skip(f"activations are {c.dtype}")
     if c.weight.fmt.kind == "table" and len(c.weight.fmt.values) > 16:
         return Skip(f"{c.weight.fmt} has more than 16 table entries")
-    if c.weight.fmt.native in (torch.float8_e4m3fn, torch.float8_e5m2) and compat.capability(c.device) < (8, 9):
-        return Skip(f"{c.weight.fmt} needs compute capability 8.9, this device has {compat.capability(c.device)}")
+    if c.weight.fmt.native in (torch.float8_e4m3fn, torch.float8_e5m2) and c.compute_capability < (8, 9):
+        return Skip(f"{c.weight.fmt} needs compute capability 8.9, this device has {c.compute_capability}")
     return None
 
 
@@ -126,6 +126,6 @@ OP = Op(
     reference,
     fake,
     case,
-    (Kernel("triton linear", "cuda", gpu_supports, _gpu_lower), Kernel("c++ linear", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake))),
+    (Kernel("triton linear", "cuda", gpu_supports, _gpu_lower), Kernel("c++ table", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake))),
     simplify,
 )

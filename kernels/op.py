@@ -35,6 +35,12 @@ class Case:
     k: int
     m: int | None = None
     experts: int = 1
+    capability: tuple[int, int] | None = None
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """Of the CUDA device, or the one that was given to ask about a device that is not here."""
+        return self.capability or compat.capability(self.device)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _grouped(y: Tensor, s: Scheme) -> list[Tensor]:
 def fake(x: Tensor, range: Sequence[Tensor], scheme: str) -> list[Tensor]:
     """Shapes and dtypes of ``reference``."""
     s = Scheme.parse(scheme)
-    codes = x.new_empty(x.shape, dtype=s.fmt.dtype)
+    codes = torch.empty_like(x, dtype=s.fmt.dtype)
     if s.static:
         return [codes]
     groups = 1 if s.group[1] == 0 else -(-x.shape[-1] // min(s.group[1], x.shape[-1]))

@@ -91,8 +91,8 @@ def gpu_supports(c: Case) -> Skip | None:
     if not tiles.whole_subtiles(w, c.k) or not tiles.whole_subtiles(x, c.k):
         return Skip(f"groups must be multiples of {tiles.SUB} columns, found {x} and {w}")
     if x.fmt.native in FP8 and w.fmt.native in FP8:
-        if compat.capability(c.device) < (8, 9):
-            return Skip(f"FP8 matmul needs compute capability 8.9, this device has {compat.capability(c.device)}")
+        if c.compute_capability < (8, 9):
+            return Skip(f"FP8 matmul needs compute capability 8.9, this device has {c.compute_capability}")
         return None
     if x.fmt.name == "int8" and w.fmt.kind == "int" and (w.fmt.signed or w.fmt.bits < 8) and not (w.zero == "point" and w.fmt.bits == 8):
         return None
@@ -157,8 +157,8 @@ OP = Op(
     fake,
     case,
     (
-        Kernel("triton scaled_linear", "cuda", gpu_supports, _gpu_lower),
-        Kernel("c++ scaled_linear", "cpu", _cpu_supports, cpu.define("scaled_linear", SCHEMA, cpu_scaled_linear, fake)),
+        Kernel("triton scaled", "cuda", gpu_supports, _gpu_lower),
+        Kernel("c++ int8", "cpu", _cpu_supports, cpu.define("scaled_linear", SCHEMA, cpu_scaled_linear, fake)),
     ),
     simplify,
 )

@@ -3,7 +3,7 @@
 from qcompile import kernels as kernels
 from qcompile.core.errors import OptionError, QcompileError, QcompileWarning, StrictError, WeightError
 from qcompile.core.formats import FORMATS, Format
-from qcompile.core.recipe import RECIPES, Recipe, Rule
+from qcompile.core.recipe import RECIPES, Recipe, Rule, find_recipe
 from qcompile.core.scheme import Scheme
 from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights
@@ -24,6 +24,7 @@ __all__ = [
     "StrictError",
     "WeightError",
     "explain",
+    "find_recipe",
     "refresh",
     "release_weights",
 ]

@@ -94,7 +94,7 @@ def lower_template(
     if name not in _TEMPLATES:
         _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=source())
     nodes = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)) for node in inputs]
-    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))
+    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))  # type: ignore[arg-type]
     choices: list[Any] = []
     for config in configs:
         error = _TEMPLATES[name].maybe_append_choice(choices, input_nodes=tuple(nodes), layout=layout, **config)
@@ -106,10 +106,8 @@ def lower_template(
 
 def fallback_kernel(op: Any, *args: Any) -> Any:
     """An IR node that calls ``op`` as it is, for CPU kernels that are ordinary torch ops."""
-    from torch._inductor import ir
     from torch._inductor.lowering import fallback_handler
 
-    del ir
     return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
@@ -147,17 +145,18 @@ def graph_pass(fn: Callable[[fx.Graph], None], key: bytes) -> Any:
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    before = config.post_grad_custom_pre_pass
-    inherited = before.uuid() if isinstance(before, CustomGraphPass) else None
+    given: Any = config.post_grad_custom_pre_pass  # 2.13 also takes a list of passes
+    before = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in before]
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            if before is not None:
-                before(graph)
+            for other in before:
+                other(graph)
             fn(graph)
 
         def uuid(self) -> Any:
-            return None if before is not None and inherited is None else (key, inherited)
+            return None if None in keys else (key, *keys)  # a pass without a key cannot be cached
 
     return Pass()
 
@@ -204,6 +203,7 @@ def add_static_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor, like: 
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
+    node.target = node.name  # the graph makes names unique, generated code reads targets
     node.meta["example_value"] = tensor
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     source = getattr(like, "_dynamo_source", None)

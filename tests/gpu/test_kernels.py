@@ -32,12 +32,16 @@ def kernels(fn, *args) -> list[str]:
     return [e.name for e in p.events() if e.device_type.name == "CUDA" and not e.name.startswith("Mem")]
 
 
+COUNTS = [("W4A16", 2), ("W8A8_STATIC", 3), ("W8A8", 4), ("NF4", 2), ("FP8", 4)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("shape", [(64, 512), (4, 16, 512), (1, 64, 512), (4, 1, 512)], ids=str)
-@pytest.mark.parametrize(("recipe", "count"), [("W4A16", 2), ("W8A8_STATIC", 3), ("W8A8", 4), ("NF4", 2), ("FP8", 4)])
-def test_mlp(recipe, count, shape):
-    """Weight-only: one kernel a linear. Static: one quantize in front, then two. Dynamic: a quantize in front of each linear."""
+@pytest.mark.parametrize(("recipe", "count"), COUNTS)
+def test_mlp(recipe, count, shape, dynamic):
+    """Weight-only: one kernel a linear. Static ranges: one quantize in front, then two. Dynamic ranges: a quantize in front of each linear."""
     model = Mlp().to("cuda", torch.bfloat16).eval()
-    fast = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+    fast = torch.compile(model, backend="qcompile", options={"recipe": recipe}, dynamic=dynamic)
     x = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         names = kernels(fast, x)
