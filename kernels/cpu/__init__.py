@@ -24,9 +24,9 @@ _FLAGS = {
     "scalar": (),
 }
 _KINDS = {torch.int8: 1, torch.uint8: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}  # enum Kind in table.cpp; 0 and 5 have a table
-_FEW_ROWS = {"avx512_vnni": 16, "avx2": 8, "scalar": 4}  # up to here table_linear multiplies codes; beyond, it dequantizes blocks
+_FEW_ROWS = {"avx512_vnni": 64, "avx2": 24, "scalar": 8}  # up to here table_linear multiplies codes; beyond, it dequantizes blocks
 _WAYS = {None: 0, "dot": 1, "panel": 2}  # of qc_int_linear
-_BLOCK = 1 << 18  # weights that are dequantized at once, for many rows of x
+_BLOCK = 1 << 22  # weights that are dequantized at once, for many rows of x: 16 MB. (In smaller blocks threads meet too often on a busy machine.)
 
 
 def supported() -> tuple[str, ...]:
@@ -121,7 +121,7 @@ def int4_int8_linear(xq: Tensor, sx: Tensor, codes: Tensor, sw: Tensor, group: i
     return _int_linear(4, xq, sx, codes, sw, group, way)
 
 
-def _weight(codes: Tensor, table: Tensor | None, scale: Tensor, offset: Tensor | None, K: int, group: int | None) -> tuple:
+def _weight(codes: Tensor, table: Tensor | None, scale: Tensor, offset: Tensor | None, K: int, group: int | None) -> tuple[int, int, int, Tensor | None, Tensor | None]:
     """Check a weight in codes. -> kind (table.cpp), bytes per row, group, and the pointers to its table and offset."""
     N, G = scale.shape
     if table is not None and table.numel() == 16:

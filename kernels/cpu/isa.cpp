@@ -28,7 +28,7 @@ using X = int8_t;                      // an activation code, as it lies in a wo
 constexpr int W = 16, KS = 4, BIAS = 128;
 constexpr int PANEL_ROWS = 12;         // rows of x in the block of the panel kernel: 24 of the 32 registers accumulate
 constexpr int DOT_ROWS = 6;            // rows of x in the block of the dot kernel (times 4 rows of w)
-constexpr int DOT_MAX = 40, DOT_MAX_GROUPED = 8;  // up to how many rows of x the dot kernel is the faster one
+constexpr int DOT_MAX = 64, DOT_MAX_GROUPED = 8;  // up to how many rows of x the dot kernel is the faster one
 constexpr int TABLE_ROWS = 4, TABLE_COLUMNS = 4;  // rows of x and of w in the block of the weight-only kernel
 
 inline F zero() { return _mm512_setzero_ps(); }

@@ -190,7 +190,7 @@ def test_table(isa, kind, with_offset):
 def test_many_rows_go_block_by_block(isa, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK", 64 * 200)
     for kind in KINDS:
-        check_table(kind, 30, 201, 200, 64, True)
+        check_table(kind, 70, 201, 200, 64, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
