@@ -98,10 +98,22 @@ def install(ops: Mapping[str, Op]) -> None:
     """Define every op in torch's library and hand its lowering to Inductor."""
     for op in ops.values():
         _LIBRARY.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        _LIBRARY.impl(op.name, _exact(op.reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIBRARY)
         if op.kernels:
             compat.register_lowering(target(op.name), functools.partial(_lower, op))
+
+
+def _exact(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference outside any autocast that surrounds the call: its float32 is part of its meaning."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.autocast(first.device.type, enabled=False):
+            return reference(*args)
+
+    return run
 
 
 def decompositions(ops: Mapping[str, Op]) -> dict[Any, Callable[..., Any]]:

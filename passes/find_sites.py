@@ -89,9 +89,11 @@ def _site(node: fx.Node, x: fx.Node, parameter: fx.Node, how: str, tables: set[t
     name, again = path, 2
     while name in taken:
         name, again = f"{path}@{again}", again + 1
-    rows_of = example(x)
     role: Role = "experts" if stack or "[" in how else _role(node, path, (n, k), tables)
-    m = rows(rows_of.shape) if rows_of is not None else 0
+    read = example(x)
+    product = experts.resolve(node)
+    by_column = isinstance(product, experts.Experts) and product.form == "weight_first"  # rows are (S, K, 1)
+    m = 0 if read is None else rows((read.shape[0], k) if by_column else read.shape)
     return Site(name, path, param, how, n, k, stack[0] if stack else 1, role, m, value.dtype, value.device.type)
 
 

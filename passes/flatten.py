@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.kernels.op import NAMESPACE
+from .narrow import is_product, narrow
 
 VIEW = torch.ops.aten.view.default
 RESHAPES = (VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
@@ -20,14 +20,11 @@ OURS = ("linear", "scaled_linear")
 
 
 def flatten(graph: fx.Graph) -> None:
-    """Rewrite in place; the graph is left as it was where nothing applies."""
+    """Rewrite in place; the graph is left as it was where nothing applies. Then, with casts right behind their products, ``narrow``."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in RESHAPES and _is_product(node.args[0]):
+        if node.op == "call_function" and node.target in RESHAPES and is_product(node.args[0], OURS):
             _sink(graph, node)
-
-
-def _is_product(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and node.target._opname in OURS
+    narrow(graph)
 
 
 def _sink(graph: fx.Graph, view: fx.Node) -> None:
@@ -66,6 +63,8 @@ def _joins(node: fx.Node, flat: dict[fx.Node, fx.Node], shape: list[Any]) -> boo
     value = _value(node)
     if not isinstance(value, torch.Tensor) or list(value.shape) != shape or any(isinstance(a, (list, tuple)) for a in node.args):
         return False
+    if node.kwargs.get("memory_format") not in (None, torch.contiguous_format, torch.preserve_format):
+        return False  # formats of four or five dimensions
     return not any(isinstance(v, fx.Node) for v in node.kwargs.values()) and all(_flattens(a, flat, shape) for a in node.args)
 
 
@@ -108,6 +107,7 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, flat: dict[fx.Node, fx
     for user in outside:
         if user.target in RESHAPES and list(_value(user).shape) == list(_value(new).shape):
             user.replace_all_uses_with(new)
+            graph.erase_node(user)
             continue
         if back is None:
             with graph.inserting_after(old):

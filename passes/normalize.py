@@ -91,8 +91,7 @@ def _matmul(graph: fx.Graph, node: fx.Node) -> Skip | None:
     x, weight = _arguments(node, ("input", "other"))
     found = parameter_of(weight)
     if isinstance(found, Skip):
-        left = parameter_of(x)
-        return found if isinstance(left, Skip) and not _parameters(node) else Skip("the parameter is the first factor of the product")
+        return Skip("the parameter is the first factor of the product") if _behind(x) else found
     value = example(found)
     if value is None or value.dim() != 2:
         return Skip(f"a product with a parameter of shape {tuple(value.shape) if value is not None else '?'}")
@@ -175,20 +174,38 @@ def _substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 
 
 def _parameters(node: fx.Node) -> list[fx.Node]:
-    """Parameters of at least two dimensions among a node's inputs, seen through casts, transposes and simple views."""
-    out = []
-    for source in node.all_input_nodes:
-        for _ in range(8):
-            if source.op == "placeholder" or not source.all_input_nodes or source.op == "call_module":
-                break
-            if source.op == "call_method" or is_transpose(source) or source.target in (getattr, operator.getitem):
-                source = source.all_input_nodes[0]
-            else:
-                break
-        value = example(source)
-        if source.op == "placeholder" and "param" in source.meta and value is not None and value.dim() >= 2:
-            out.append(source)
-    return out
+    """Parameters of at least two dimensions among a node's inputs: read through views, or all that an input is computed from."""
+    return list(dict.fromkeys(p for source in node.all_input_nodes for p in _behind(source) or _origins(source)))
+
+
+def _behind(source: Any) -> list[fx.Node]:
+    """The parameter that ``source`` is, seen through casts, transposes and simple views."""
+    for _ in range(8):
+        if not isinstance(source, fx.Node) or source.op == "placeholder" or not source.all_input_nodes:
+            break
+        if source.op == "call_method" or is_transpose(source) or source.target in (getattr, operator.getitem):
+            source = source.all_input_nodes[0]
+        else:
+            break
+    return [source] if _is_matrix(source) else []
+
+
+def _origins(source: fx.Node, limit: int = 32) -> list[fx.Node]:
+    """Parameters that ``source`` is computed from, where it is computed from nothing else (weight norm, masks of weights, sums with adapters): not activations."""
+    seen, front = {source}, [source]
+    while front:
+        node = front.pop()
+        if (node.op == "placeholder" and "param" not in node.meta) or node.op == "get_attr" or len(seen) > limit:
+            return []
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        front += new
+    return [node for node in seen if _is_matrix(node)]
+
+
+def _is_matrix(node: Any) -> bool:
+    value = example(node)
+    return isinstance(node, fx.Node) and node.op == "placeholder" and "param" in node.meta and value is not None and value.dim() >= 2
 
 
 def _left_alone(parameter: fx.Node, reason: str) -> LeftAlone:

@@ -11,6 +11,7 @@ import logging
 import pathlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,28 +22,25 @@ from torch import Tensor, fx, nn
 
 import qcompile
 from qcompile import compat
+from qcompile.calibrate import calibrate, is_static, static_scale
 from qcompile.capture import capture
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.qtensor import quantize
-from qcompile.core.ranges import scale_of
-from qcompile.core.recipe import Choice
+from qcompile.core.recipe import Rule
 from qcompile.dumps import dump, trace_plan
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
-from qcompile.memory import is_released, release
-from qcompile.options import Options
+from qcompile.memory import guard, is_released, release
+from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
 from qcompile.passes.lower import Slot
 from qcompile.passes.match import decide, signature
-from qcompile.passes.observe import run_observed
 from qcompile.passes.sites import Site, view
 from qcompile.weights import TABLE, Binding, owners
 
 log = logging.getLogger("qcompile.backend")
-
-PIPELINE = ("normalize", "find_sites", "match", "observe")
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
@@ -52,7 +50,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         if any(map(is_released, example_inputs)):
             raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
         _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
-        return compat.inductor(gm, example_inputs, opts.inductor)
+        return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
     return CompiledGraph(gm, example_inputs, opts)
 
 
@@ -95,8 +93,8 @@ class CompiledGraph:
         self._pin(lowered, inputs)
         self.lowered = lowered
         self._kept = kept
-        self._weights = sorted({slot.arg for slot in self.slots})
-        self._first = tuple(id(inputs[i]) for i in self._weights)
+        self._weights = sorted({site.param.index for site in self.sites.values()})  # those that keep 16 bits, too: in another layer a rule may decide otherwise
+        self._first = [weakref.ref(inputs[i]) for i in self._weights]
         packed = [n.meta["example_value"] for n in lowered.graph.find_nodes(op="placeholder") if "packed" in n.meta]
         self._inner = self._compile(lowered, [*(inputs[i] for i in kept), *packed])
 
@@ -112,9 +110,7 @@ class CompiledGraph:
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lower == "eager":
             return _Eager(gm)
-        tensors = [a for a in inputs if isinstance(a, Tensor)]
-        problem = compat.has_cpp_compiler() if tensors and all(t.device.type == "cpu" for t in tensors) else None
-        if problem is not None:
+        if problem := _no_compiler(inputs):
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return _Eager(gm)
         patches = {**self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
@@ -153,9 +149,10 @@ class CompiledGraph:
                 TABLE.record(value, param.path).pinned.add("a compiled graph reads it in 16 bits")
 
     def _check(self, gm: fx.GraphModule) -> None:
-        if unused := gm.meta["unused_rules"]:
+        unused = gm.meta["unused_rules"]
+        if missed := _of_no_live_linear(unused):
             names = ", ".join(sorted(site.path for site in self.sites.values())[:8]) or "none"
-            _warn_once(("rules", tuple(unused), names), f"qcompile: rules that matched no linear of this graph: {', '.join(map(repr, unused))}. Linears here: {names}, ...")
+            _warn_once(("rules", tuple(missed), names), f"qcompile: rules that matched no linear: {', '.join(map(repr, missed))}. Linears here: {names}, ...")
         self.notes += [f"rule {rule!r} matched nothing" for rule in unused]
 
     def _report_refusals(self) -> None:
@@ -169,31 +166,12 @@ class CompiledGraph:
             raise StrictError(message)
         _warn_once(("refusal", message), f"qcompile: {message}")
 
-    # --- calibration ---------------------------------------------------------------------------------------------------
-
     def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site], inputs: Sequence[Any]) -> str:
-        """Ranges of the inputs of ``sites`` from one real call, for parameters that have none yet. Returns a line for the report."""
-        missing = [s for s in sites if _range_key(s) not in TABLE.record(inputs[s.param.index], s.path).ranges]
-        if not missing:
-            return "ranges known from an earlier call"
-        seen: dict[str, Tensor] = {}
-        tokens = 0
-
-        def see(name: str, x: Tensor) -> None:
-            nonlocal tokens
-            peak = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
-            seen[name] = torch.maximum(seen[name], peak) if name in seen else peak
-            tokens = max(tokens, x.numel() // max(x.shape[-1], 1))
-
-        run_observed(gm, [_concrete(a) for a in inputs], {s.name for s in missing}, see)
-        for site in missing:
-            peak = seen[site.name]
-            if not bool(torch.isfinite(peak)):
-                raise WeightError(f"the input of {site.name} has values that are NaN or infinite in the calibrating call; its range cannot be fixed")
-            TABLE.record(inputs[site.param.index], site.path).ranges[_range_key(site)] = peak
-        message = f"calibrated {len(missing)} input ranges on the first call, which had {tokens} tokens"
-        _warn_once(("calibrated", id(self)), f"qcompile: {message}. For better ranges call the model first with data that is typical.")
-        return message
+        """Fix the ranges that are missing, and say so. Returns a line for the report."""
+        message = calibrate(gm, sites, [_concrete(a) for a in inputs])
+        if message:
+            _warn_once(("calibrated", id(self)), f"qcompile: {message}. For better ranges call the model first with data that is typical.")
+        return message or "ranges known from an earlier call"
 
     # --- running -------------------------------------------------------------------------------------------------------
 
@@ -215,12 +193,12 @@ class CompiledGraph:
         """Make these parameters known and pack them, or find the variant that serves them."""
         key = tuple(map(id, parameters))
         with self._lock:
-            if key != self._first:
+            if any(ref() is not p for ref, p in zip(self._first, parameters)):
                 names = owners()
                 other = tuple(str(decide(self._renamed(site, args, names), self.options.recipe)) for site in self.sites.values())
                 if other != self.signature:
                     return self._variant(other, key, args, names)
-                self.calibrate(self.planned, [s for s in self.sites.values() if _is_static(self.plan[s.name])], args)
+                self.calibrate(self.planned, [s for s in self.sites.values() if is_static(self.plan[s.name])], args)
             binding = Binding(parameters, self._fetch, lambda: self._bindings.pop(key, None) and None)
             binding.get(parameters)
             self._bindings[key] = binding
@@ -230,11 +208,16 @@ class CompiledGraph:
         by_arg = dict(zip(self._weights, parameters))
         last = {slot.arg: i for i, slot in enumerate(self.slots)}
         out: list[Tensor] = []
-        for i, slot in enumerate(self.slots):
-            p = by_arg[slot.arg]
-            out += tensors_of(slot, p)
-            if self.options.release and last[slot.arg] == i and isinstance(p, nn.Parameter) and not is_released(p):
-                release(p, slot.path)  # before the next one is packed
+        released: list[Tensor] = []
+        try:
+            for i, slot in enumerate(self.slots):
+                p = by_arg[slot.arg]
+                out += tensors_of(slot, p)
+                if self.options.release and last[slot.arg] == i and isinstance(p, nn.Parameter) and release(p, slot.path):  # before the next one is packed
+                    released.append(p)
+        finally:  # also where a later weight cannot be packed
+            if released:
+                guard(released)
         return out
 
     def _renamed(self, site: Site, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> Site:
@@ -260,31 +243,21 @@ class CompiledGraph:
             self._variants[other, ints] = found
         if not ints:
             self._served[key] = found
+            weakref.finalize(args[self._weights[0]], self._served.pop, key, None)
         return found
+
+
+def _of_no_live_linear(rules: Sequence[str]) -> list[str]:
+    """Rules that name no live linear at all: where layers are compiled one by one, or a graph breaks, a rule may be for another graph."""
+    live = [(f"{path}.{name}".strip(".").removesuffix(".weight"), type(owner).__name__) for owner, path, name in owners().values()] if rules else []
+    return [rule for rule in rules if not any(Rule(rule).matches(*linear) for linear in live)]
 
 
 def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
     """What a slot reads for one parameter."""
     if slot.what == "weight":
         return TABLE.packed(parameter, slot.view, slot.scheme, slot.path)
-    record = TABLE.record(parameter, slot.path)
-    ranges, key = record.ranges, f"{slot.site} {slot.scheme}"
-    if key not in ranges:
-        ranges[key] = scale_of(ranges[f"{_use(slot.site)}"], slot.scheme.fmt).reshape(1).to(parameter.device)
-    return [ranges[key].to(parameter.device)]
-
-
-def _use(site: str) -> str:
-    """Which use of its parameter a site is: "" the first, "@2" the second in its graph."""
-    return "range" + ("@" + site.rpartition("@")[2] if "@" in site else "")
-
-
-def _range_key(site: Site) -> str:
-    return _use(site.name)
-
-
-def _is_static(choice: Choice | Skip) -> bool:
-    return isinstance(choice, Choice) and choice.input is not None and choice.input.static
+    return [static_scale(parameter, slot.site, slot.path, slot.scheme)]
 
 
 @dataclass
@@ -325,6 +298,12 @@ class _Eager:
 
 def _training(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
+
+
+def _no_compiler(inputs: Sequence[Any]) -> str | None:
+    """Why Inductor cannot compile for these inputs; None where it can."""
+    tensors = [a for a in inputs if isinstance(a, Tensor)]
+    return compat.has_cpp_compiler() if tensors and all(t.device.type == "cpu" for t in tensors) else None
 
 
 def _concrete(value: Any) -> Any:

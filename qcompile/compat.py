@@ -120,9 +120,16 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, An
     from torch._inductor.decomposition import select_decomp_table
 
     flush_lowerings()
-    table = {**select_decomp_table(), **decompositions} if decompositions else None
-    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=dict(patches), decompositions=table)
+    table = _Decompositions({**select_decomp_table(), **decompositions}) if decompositions else None
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches), decompositions=table)
     return compiled
+
+
+class _Decompositions(dict[Any, Any]):
+    """A table that pickles as nothing. 2.13 pickles it into the cache keys, where its functions make it bypass both caches; what it adds is in ``graph_pass``'s key already."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _Decompositions, ()
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
@@ -191,7 +198,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in seen.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copy = fx.GraphModule(gm, graph)
+    copy: Any = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type]

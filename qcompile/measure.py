@@ -261,8 +261,9 @@ class _Measured:
     def _see(self, name: str, x: Tensor) -> None:
         self._count(name, x)
         site, choice = self.graph.sites[name], self.graph.plan[name]
-        if isinstance(choice, Choice) and site.experts == 1 and x.numel():
-            self.output_db[name] = self._error(site, choice, x.to(self._dtypes[name]))
+        if isinstance(choice, Choice) and x.numel():
+            with torch.autocast(x.device.type, enabled=False):  # the graph runs as it was called, errors are taken in float32
+                self.output_db[name] = self._error(site, choice, x.to(self._dtypes[name]))
 
     def _error(self, site: Site, choice: Choice, x: Tensor) -> float | None:
         from qcompile.kernels import OPS

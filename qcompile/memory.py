@@ -1,17 +1,18 @@
 """Memory of weights: give the 16-bit storage back, bring it back, and say by hand that a weight changed.
 
 A released parameter keeps its shape and dtype but only one element of storage: it reads as NaN, refuses writes, and cannot crash the process, which freed storage would.
-``state_dict`` gives dequantized values for it, and ``load_state_dict`` gives it storage again first.
+``state_dict`` gives dequantized values for it, ``copy.deepcopy`` and ``torch.save`` a whole parameter, and ``load_state_dict`` gives it storage again first.
 """
 
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Collection
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from qcompile import compat
 from qcompile.core.errors import WeightError
 from qcompile.core.qtensor import dequantize
 from qcompile.weights import TABLE
@@ -31,39 +32,34 @@ def release_weights(model: nn.Module) -> int:
     packed = [(name, p) for name, p in parameters if (record := TABLE.get(p)) is not None and record.entries]
     if not packed:
         raise WeightError("none of the model's weights is packed yet: compile it with backend='qcompile' and call it once, then release")
-    return sum(release(p, name) for name, p in packed)
-
-
-def release(p: nn.Parameter, path: str) -> int:
-    """Give back the storage of one packed parameter, unless something still reads it in 16 bits. Returns the bytes freed."""
-    record = TABLE.get(p)
-    if record is None or not record.entries:
-        raise WeightError(f"{path} has not been packed: call the compiled model once before its weights are released")
-    if record.released is not None or record.pinned or any("[" in how for _, how, _ in record.entries):
-        return 0
-    freed = p.nbytes
-    record.released = p.dtype
-    collapse(p)
-    _guard_state_dict(p)
+    freed = sum(release(p, name) for name, p in packed)
+    guard([p for _, p in packed])
     return freed
 
 
-def collapse(p: Tensor) -> None:
-    """One NaN seen through every index."""
-    with compat.no_dispatch_modes(), torch.no_grad():
-        p.data = torch.full((1,), float("nan"), dtype=p.dtype, device=p.device).expand(p.shape)
+def release(p: nn.Parameter, path: str) -> int:
+    """Give back the storage of one packed parameter, unless something still reads it in 16 bits; ``guard`` it afterwards. Returns the bytes freed."""
+    record = TABLE.get(p)
+    if record is None or not record.entries:
+        raise WeightError(f"{path} has not been packed: call the compiled model once before its weights are released")
+    if is_released(p) or record.pinned or any("[" in how for _, how, _ in record.entries):
+        return 0
+    freed = p.nbytes
+    TABLE.release(p)
+    me = weakref.ref(p)
+    p.__dict__.update(__deepcopy__=lambda memo: _copied(me(), memo), __reduce_ex__=lambda protocol: _whole(me()).__reduce_ex__(protocol))
+    return freed
 
 
 def is_released(p: object) -> bool:
     """Whether the 16-bit value of this parameter was given back."""
-    record = TABLE.get(p) if isinstance(p, Tensor) else None
-    return record is not None and record.released is not None
+    return isinstance(p, Tensor) and TABLE.is_released(p)
 
 
 def restored(p: Tensor) -> Tensor:
     """The value of a released parameter, dequantized, in its own dtype and shape; any other parameter as it is."""
     record = TABLE.get(p)
-    if record is None or record.released is None:
+    if record is None or not is_released(p):
         return p
     (_, how, _), entry = next(iter(record.entries.items()))
     value = dequantize(entry.qtensor(), record.released)
@@ -73,18 +69,33 @@ def restored(p: Tensor) -> Tensor:
 def revive(p: Tensor) -> None:
     """Give a released parameter storage again, filled with its dequantized value, so that it can be written to."""
     record = TABLE.get(p)
-    if record is not None and record.released is not None:
-        value = restored(p).contiguous()
+    if record is not None and is_released(p):
+        p.data = restored(p).contiguous()
         record.released = None
-        p.data = value
 
 
-def _guard_state_dict(p: nn.Parameter) -> None:
-    """Hooks on the modules that own ``p``."""
+def _whole(p: Any) -> nn.Parameter:
+    """A released parameter's value as a parameter of its own; one that was revived as it is, our two methods dropped."""
+    if is_released(p):
+        return nn.Parameter(restored(p), p.requires_grad)
+    for name in ("__deepcopy__", "__reduce_ex__"):
+        p.__dict__.pop(name, None)
+    return p  # type: ignore[no-any-return]
+
+
+def _copied(p: Any, memo: dict[int, Any]) -> Any:
+    whole = _whole(p)
+    memo[id(p)] = whole if whole is not p else type(p).__deepcopy__(p, memo)
+    return memo[id(p)]
+
+
+def guard(parameters: Collection[Tensor]) -> None:
+    """Hooks for ``state_dict`` and ``load_state_dict`` on all live modules that own one of these parameters; one scan for all of them."""
+    wanted = {id(p) for p in parameters}
     for module in gc.get_objects():
-        if issubclass(type(module), nn.Module) and any(q is p for q in module.__dict__.get("_parameters", {}).values()) and "_qcompile_guarded" not in module.__dict__:
+        if issubclass(type(module), nn.Module) and "_qcompile_guarded" not in module.__dict__ and any(id(q) in wanted for q in module.__dict__.get("_parameters", {}).values()):
             module.__dict__["_qcompile_guarded"] = True
-            module._register_state_dict_hook(_dequantize_released)
+            module.register_state_dict_post_hook(_dequantize_released)
             module.register_load_state_dict_pre_hook(_revive_released)
 
 

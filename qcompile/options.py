@@ -30,6 +30,17 @@ HELP = {
     "lower": "'inductor' or 'eager' (the quantized graph by its references)",
     "inductor": "options handed on to Inductor",
 }
+TYPES: dict[str, tuple[type, ...]] = {
+    "passes": (list, tuple),
+    "ignore": (str, list, tuple),
+    "root": (str,),
+    "release": (bool,),
+    "dump": (str, os.PathLike),
+    "strict": (bool,),
+    "inductor": (dict,),
+}
+PIPELINE = ("normalize", "find_sites", "match", "observe")
+"""Passes that always run before those that a user names; ``lower`` runs after them."""
 LATER = {"output": "output schemes", "calibration": "saved statistics", "train": "training recipes"}
 """Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""
 
@@ -57,11 +68,15 @@ class Options:
                 raise unknown("option", key, HELP, "options")
             if key in LATER:
                 raise OptionError(f"option {key!r} ({HELP[key]}) is not available in this version: {LATER[key]} are still to come")
+            if key in TYPES and not (given[key] is None or isinstance(given[key], TYPES[key])):
+                raise OptionError(f"option {key!r} ({HELP[key]}) is a {' or '.join(t.__name__ for t in TYPES[key])}, not {given[key]!r}")
+        given = {key: value for key, value in given.items() if value is not None}
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError(f"mode is given twice: {mode!r} and options['mode'] = {given['mode']!r}")
         weight, x, head, ignore = given.get("weight"), given.get("input"), given.get("head"), given.get("ignore", ())
-        if isinstance(ignore, str):
-            ignore = (ignore,)
+        ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        if wrong := [pattern for pattern in ignore if not isinstance(pattern, str)]:
+            raise OptionError(f"option 'ignore' ({HELP['ignore']}) holds strings, not {wrong[0]!r}")
         alone = "recipe" not in given and weight is not None  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
         recipe = Recipe("custom", weight) if alone else find_recipe(given.get("recipe", DEFAULT))
         recipe = recipe.override(weight=weight, input=x, head=head, ignore=ignore)
@@ -70,7 +85,9 @@ class Options:
             raise unknown("value", lower, ("inductor", "eager"), "options['lower']")
         for name in given.get("passes", ()):
             if name not in PASSES:
-                raise unknown("pass", name, PASSES, "options['passes']")
+                raise unknown("pass", name, [p for p in PASSES if p not in (*PIPELINE, "lower")], "options['passes']")
+            if name in (*PIPELINE, "lower"):
+                raise OptionError(f"pass {name!r} always runs; options['passes'] names those that run between {PIPELINE[-1]!r} and 'lower'")
         extra = dict(given.get("inductor", {}))
         known = compat.inductor_options() if extra else set()
         for key in extra:
@@ -80,9 +97,6 @@ class Options:
             patches = compat.mode_patches(given.get("mode"))
         except ValueError as error:
             raise OptionError(f"unknown mode {error}") from None
-        for key in ("release", "strict"):
-            if not isinstance(given.get(key, False), bool):
-                raise OptionError(f"option {key!r} is True or False, not {given[key]!r}")
         return cls(
             recipe=recipe,
             passes=tuple(given.get("passes", ())),

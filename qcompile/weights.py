@@ -27,20 +27,29 @@ Key = tuple[str, str, str]
 """(what, view, scheme) of an entry."""
 
 
-
-def state_of(p: Tensor) -> tuple[int, int, torch.device]:
+def state_of(p: Tensor) -> tuple[object, ...]:
     """What changes when the value of a parameter may have changed. Inference tensors have no version: only their storage is watched."""
-    return (-1 if p.is_inference() else p._version, p.data_ptr(), p.device)
+    return (-1 if p.is_inference() else p._version, p.data_ptr(), p.stride(), p.device)
+
+
+def collapse(p: Tensor) -> None:
+    """One NaN seen through every index."""
+    with compat.no_dispatch_modes(), torch.no_grad():
+        p.data = torch.full((1,), float("nan"), dtype=p.dtype, device=p.device).expand(p.shape)
 
 
 @dataclass
 class Entry:
-    """Packed tensors of one (parameter, view, scheme) and the state of the parameter that they were made from."""
+    """Packed tensors of one (parameter, view, scheme) and the state of the parameter that they were made from.
+
+    ``source`` is the storage they were read from, held until they are packed again: its address cannot come back with other values.
+    """
 
     scheme: Scheme
     k: int
     tensors: list[Tensor]
-    state: tuple[object, ...]
+    state: tuple[object, ...] = ()
+    source: object = None
 
     def qtensor(self) -> QTensor:
         return QTensor.unflatten(self.tensors, self.scheme, self.k)
@@ -79,9 +88,10 @@ class WeightTable:
                 del records[key]
 
         with self._lock:
-            made = Record(weakref.ref(p, forget), path)
-            self._records[key] = made
-        return made
+            found = self.get(p)
+            if found is None:
+                found = self._records[key] = Record(weakref.ref(p, forget), path)
+        return found
 
     def get(self, p: Tensor) -> Record | None:
         """The record of a parameter, or None where it has none."""
@@ -91,11 +101,10 @@ class WeightTable:
     def packed(self, p: Tensor, how: str, scheme: Scheme, path: str) -> list[Tensor]:
         """Packed tensors of ``view(p, how)`` under ``scheme``, up to date."""
         record = self.record(p, path)
+        self.is_released(p)
         key = ("weight", how, str(scheme))
         entry = record.entries.get(key)
-        if entry is not None and (entry.state == state_of(p) or record.released is not None):
-            if entry.tensors[0].device != p.device:
-                entry.tensors = [t.to(p.device) for t in entry.tensors]
+        if entry is not None and entry.state == state_of(p):
             return entry.tensors
         if record.released is not None:
             have = ", ".join(f"{k[2]}{' transposed' if k[1] == 't' else ''}" for k in record.entries)
@@ -103,14 +112,41 @@ class WeightTable:
         with self._lock, compat.no_dispatch_modes(), torch.no_grad():
             if p.is_meta:
                 raise WeightError(f"parameter {path} is on the meta device: load its values before the first call")
+            state, source = state_of(p), p.untyped_storage()  # before the values are read: a change meanwhile is seen on the next call
             q = quantize(view(p.detach(), how), scheme, name=path)
-            fresh = q.flatten()
-            if entry is not None and [(t.shape, t.dtype, t.device) for t in entry.tensors] == [(t.shape, t.dtype, t.device) for t in fresh]:
-                for old, new in zip(entry.tensors, fresh):
-                    old.copy_(new)
-                fresh = entry.tensors
-            record.entries[key] = Entry(scheme, q.k, fresh, state_of(p))
+            fresh, entry = q.flatten(), record.entries.get(key)
+            if entry is not None:
+                GENERATION[0] += 1
+                if [(t.shape, t.dtype, t.device) for t in entry.tensors] == [(t.shape, t.dtype, t.device) for t in fresh]:
+                    for old, new in zip(entry.tensors, fresh):
+                        old.copy_(new)
+                    fresh = entry.tensors
+            record.entries[key] = Entry(scheme, q.k, fresh, state, source)
         return fresh
+
+    def is_released(self, p: Tensor) -> bool:
+        """Whether the value of ``p`` was given back. Where it was given another one since (``p.data = t``), the release is over;
+        where it was cast or moved, which fills it with NaN, it is collapsed again and its packed tensors follow it."""
+        record = self.get(p)
+        if record is None or record.released is None:
+            return False
+        if p.untyped_storage().nbytes() > p.element_size():
+            with self._lock, compat.no_dispatch_modes(), torch.no_grad():
+                if bool(p.isnan().all()):
+                    self.release(p)
+                else:
+                    record.released = None
+                    self.forget([p])
+        return record.released is not None
+
+    def release(self, p: Tensor) -> None:
+        """Collapse a parameter whose packed tensors stand for it from now on."""
+        record = self.record(p)
+        record.released = p.dtype
+        collapse(p)
+        for entry in record.entries.values():
+            entry.tensors = [t.to(p.device) for t in entry.tensors]
+            entry.state, entry.source = state_of(p), None
 
     def forget(self, parameters: Iterable[Tensor]) -> int:
         """Mark entries stale (in-place edits that PyTorch cannot see); they are packed again on the next call. Returns how many."""
@@ -119,13 +155,13 @@ class WeightTable:
             record = self.get(p)
             if record is not None and record.released is None:
                 for entry in record.entries.values():
-                    entry.state, count = (), count + 1
+                    entry.state, entry.source, count = (), None, count + 1
         GENERATION[0] += bool(count)
         return count
 
 
 GENERATION = [0]
-"""Grows when entries were marked stale by hand; bound graphs compare it."""
+"""Grows when an entry was packed again or marked stale; bound graphs compare it."""
 
 TABLE = WeightTable()
 compat.on_optimizer_step(TABLE.forget)  # fused optimizers do not bump the versions of what they step
@@ -146,7 +182,7 @@ class Binding:
         state = self._now(parameters)
         if state != self._state:
             self.tensors = self._fetch(parameters)
-            self._state = self._now(parameters)
+            self._state = state
         return self.tensors
 
     def _now(self, parameters: Sequence[Tensor]) -> object:
@@ -165,7 +201,7 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
     parents: dict[int, tuple[nn.Module, str]] = {}
     for module in modules:
         for name, child in module._modules.items():
-            if child is not None and not (name == "_orig_mod" or id(child) in parents):
+            if child is not None and id(child) not in parents:
                 parents[id(child)] = (module, name)
 
     def full_name(module: nn.Module) -> str:
@@ -176,7 +212,7 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
                 break
             module, name = above
             parts.append(name)
-        return ".".join(reversed(parts))
+        return ".".join(part for part in reversed(parts) if part != "_orig_mod")  # a compiled module wraps the one that the model holds
 
     names: dict[int, tuple[nn.Module, str, str]] = {}
     for module in modules:

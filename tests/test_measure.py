@@ -86,6 +86,35 @@ def test_static_range_is_the_calibrated_one():
     assert good > 30 and clipped < 5
 
 
+def test_each_input_has_its_own_static_range():
+    """Readers of one input share a range, others do not."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c((self.a(x) + self.b(x)) / 500)
+
+    report = qcompile.explain(torch.compile(Scaled(), backend="qcompile", options={"recipe": "W8A8_STATIC", **EAGER}), torch.randn(4, 64))
+    assert [row.name for row in report.sites] == ["a", "b", "c"] and all(row.output_db > 30 for row in report.sites)
+
+
+def test_autocast_casts_the_input_first():
+    layer, x = nn.Linear(96, 48), torch.randn(5, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        row = qcompile.explain(torch.compile(layer, backend="qcompile", options={"weight": "int8.row", "input": "int8.row", **EAGER}), x).sites[0]
+
+    def expected(v: np.ndarray) -> float:
+        w = layer.weight.detach().numpy()
+        scale, step = bfloat16_up(np.abs(w).max(1, keepdims=True) / 127), np.abs(v).max(1, keepdims=True) / 127
+        return decibels(v.astype(np.float64) @ w.T, (np.rint(v / step) * step).astype(np.float64) @ (np.rint(w / scale) * scale).T)
+
+    assert row.output_db == pytest.approx(expected(x.bfloat16().float().numpy()), abs=1e-3)
+    assert row.output_db != pytest.approx(expected(x.numpy()), abs=1e-2)
+
+
 def test_exact_weights_have_no_error():
     layer = nn.Linear(32, 16, bias=False)
     with torch.no_grad():
@@ -216,18 +245,39 @@ def test_prefill_and_decode():
     assert report.totals.coverage_flops_all == linears / (linears + head + gate)
 
 
+class Twice(nn.Module):
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.fc, self.transposed = nn.Linear(32, 32, bias=False), transposed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.fc(x))
+        return x @ self.fc.weight if self.transposed else self.fc(x)
+
+
 def test_weight_used_twice_counts_once():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(32, 32, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(torch.relu(self.fc(x)))
-
-    report = qcompile.explain(torch.compile(Tied(), backend="qcompile", options=EAGER), torch.randn(4, 32))
+    report = qcompile.explain(torch.compile(Twice(False), backend="qcompile", options=EAGER), torch.randn(4, 32))
     assert [row.name for row in report.sites] == ["fc", "fc@2"]
     assert (report.totals.bytes_before, report.totals.bytes_after) == (32 * 32 * 4, 32 * 32 + 64) and report.totals.coverage == 1
+
+
+def test_weight_packed_and_kept_is_held_twice():
+    report = qcompile.explain(torch.compile(Twice(False), backend="qcompile", options={"ignore": ["fc@2"], **EAGER}), torch.randn(4, 32))
+    assert ([row.name for row in report.sites], [row.name for row in report.kept]) == (["fc"], ["fc@2"])
+    assert report.totals.bytes_after == 32 * 32 + 64 + 32 * 32 * 4 and report.totals.coverage_flops == 1 / 2
+
+
+def test_weight_packed_in_two_ways_is_covered_once():
+    report = qcompile.explain(torch.compile(Twice(True), backend="qcompile", options=EAGER), torch.randn(4, 32))
+    assert [row.name for row in report.sites] == ["fc", "fc@2"] and report.totals.coverage == 1
+    assert (report.totals.bytes_before, report.totals.bytes_after) == (32 * 32 * 4, 2 * (32 * 32 + 64))
+
+
+def test_flops_count_calls():
+    a, b = nn.Linear(32, 32), nn.Linear(32, 32)
+    packed, kept = torch.compile(a, backend="qcompile", options=EAGER), torch.compile(b, backend="qcompile", options={"weight": "int8.row", "ignore": ["Linear"], **EAGER})
+    report = qcompile.explain(lambda x: packed(packed(packed(kept(x)))), torch.randn(4, 32))
+    assert report.totals.coverage_flops == 3 / 4 and report.totals.coverage == 1 / 2
 
 
 def test_stacked_experts():

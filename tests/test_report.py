@@ -105,6 +105,8 @@ def test_json(report):
     assert data["sites"][0]["name"] == "layers.0.up" and data["sites"][0]["shape"] == [128, 64]
     assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "lower"]
     assert data["totals"]["coverage"] == report.totals.coverage
+    with pytest.raises(ValueError, match="JSON"):
+        dataclasses.replace(report, sites=(dataclasses.replace(report.sites[0], bits=float("nan")),)).to_json()
     assert "NaN" not in report.to_json() and "Infinity" not in report.to_json()
 
 

@@ -44,7 +44,7 @@ def test_reduce_overhead(recipe):
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_generate_static_cache(name, recipe):
     """Prefill and decode compiled; decode is one CUDA graph; the tokens are those of the same graphs without CUDA graphs."""
-    model, inputs = tiny(name, dtype=torch.bfloat16)
+    model, _ = tiny(name, dtype=torch.bfloat16)
     model.cuda()
     ids = torch.randint(3, 90, (2, 9), device="cuda")
     tokens = {}

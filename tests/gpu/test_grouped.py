@@ -34,7 +34,7 @@ def test_grouped(scheme, by_row):
         codes, scales = (x, []) if not given else ((q := quantize_activations(x, [], given))[0], q[1:])
         counts = torch.tensor([0, 1, 2, 0, rows // 3, max(rows - rows // 3 - 5, 0)], device="cuda")
         index = torch.randint(0, experts, (rows,), device="cuda") if by_row else counts.cumsum(0).clamp(max=rows).to(torch.int32)
-        fn = torch.compile(lambda c, s, i, ws: target("grouped_linear")(c, s, i, ws, scheme, by_row), backend=backend)  # noqa: B023
+        fn = torch.compile(lambda c, s, i, ws: target("grouped_linear")(c, s, i, ws, scheme, by_row), backend=backend)
         torch.full((16 << 20,), float("nan"), device="cuda")
         with torch.no_grad():
             y, ref = fn(codes, scales, index, w), reference(codes, scales, index, w, scheme, by_row)

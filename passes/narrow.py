@@ -1,0 +1,57 @@
+"""Store what a product makes in the model's own 16 bits.
+
+A product is float32 in the graph, and Inductor inlines the bias and the cast behind it into whatever reads them. Where the reader is a kernel of its own (a norm, attention, a split),
+the product's store would stay float32: twice the bytes out and twice in. So the cast is made to own its memory; as the last thing that a template's store does it costs nothing, and where
+all readers fuse into the template too, nothing is stored at all. On CPUs the product is a call into C++, into which nothing fuses, and graphs stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile.kernels.op import NAMESPACE
+
+PRODUCTS = ("linear", "scaled_linear", "grouped_linear")
+CAST = torch.ops.prims.convert_element_type.default
+ADD = torch.ops.aten.add.Tensor
+
+
+def narrow(graph: fx.Graph) -> None:
+    """Pin the first 16-bit value behind each product; rewrites in place."""
+    for node in list(graph.nodes):
+        if is_product(node, PRODUCTS) and node.meta["val"].device.type != "cpu":
+            cast = _cast(node)
+            if cast is not None and cast.meta["val"].dim() == 2:
+                _pin(graph, cast)
+
+
+def is_product(node: Any, names: tuple[str, ...]) -> bool:
+    """The node calls one of our ops of these names."""
+    return isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and node.target._opname in names
+
+
+def _cast(product: fx.Node) -> fx.Node | None:
+    """The cast to 16 bits that alone reads the product, or its sum with a bias."""
+    node = product
+    for _ in range(2):
+        if len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        if user.target is CAST:
+            dtype = user.args[1]
+            return user if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 2 else None
+        if user.target is not ADD or any(isinstance(a, fx.Node) and a is not node and a.meta["val"].dim() != 1 for a in user.args):
+            return None
+        node = user
+    return None
+
+
+def _pin(graph: fx.Graph, cast: fx.Node) -> None:
+    value = cast.meta["val"]
+    with graph.inserting_after(cast):
+        own = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (cast, [int(value.shape[1]), 1]))
+    own.meta = dict(cast.meta)
+    cast.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)

@@ -1,0 +1,156 @@
+"""Cases that go through the whole backend: a model on the CPU, our passes and ops, Inductor's code for an H200. Each case has several parts, which share one process."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fake_cuda import Generated, compile_backend, parse
+from torch import nn
+
+T = torch.Tensor
+Parts = dict[str, tuple[Generated, dict[str, Any]]]
+
+
+def quantized(model: Callable[..., Any], inputs: Any, options: Mapping[str, Mapping[str, Any]], dynamic: bool | None = None) -> Parts:
+    """Code for each of `options`, from one capture by Dynamo."""
+    from qcompile import backend
+    from qcompile.passes.infra import text
+
+    warnings.simplefilter("ignore")
+    graphs: list[Any] = []
+
+    def every(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.extend(backend.backend(gm, example_inputs, options=chosen) for chosen in options.values())
+        return graphs[-1]
+
+    generated = compile_backend(every, model, inputs, dynamic=dynamic)
+    assert len(generated.sources) == len(graphs) == len(options), "one graph for each of the options"
+    return {
+        name: (parse([source]), {"text": text(graph.lowered), "kernels": len(graph.kernels), "plan": {site: str(choice) for site, choice in graph.plan.items()}})
+        for name, source, graph in zip(options, generated.sources, graphs, strict=True)
+    }
+
+
+def bf16(*shape: int) -> T:
+    return torch.randn(*shape, dtype=torch.bfloat16)
+
+
+class Norm(nn.Module):
+    """Residual add, RMSNorm, linear: the norm carries the dynamic quantization."""
+
+    def __init__(self, k: int = 256, n: int = 256) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.RMSNorm(k), nn.Linear(k, n)
+
+    def forward(self, x: T, residual: T) -> tuple[T, T]:
+        total = x + residual
+        return total, self.fc(self.norm(total))
+
+
+class Chain(nn.Module):
+    """linear + bias + GELU + residual + static quantization of the next linear."""
+
+    def __init__(self, k: int = 256, n: int = 512) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(k, n), nn.Linear(n, k)
+
+    def forward(self, x: T, residual: T) -> T:
+        return self.down(F.gelu(self.up(x), approximate="tanh") + residual)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, k: int = 256, n: int = 512) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False), nn.Linear(n, k, bias=False)
+
+    def forward(self, x: T) -> T:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def requantized() -> dict[str, Any]:
+    """int4 weights and 16-bit activations, then a linear with a static int8 input."""
+    from qcompile.core.recipe import Recipe, Rule
+
+    return {"recipe": Recipe("mixed", "int4.g128", None, (Rule("down", "int8.row", "int8.tensor.static"),))}
+
+
+def chains() -> Parts:
+    """Norm + quantize, SwiGLU + quantize, and the requantized chain on (M, K), (1, S, K), (B, S, K) and a dynamic batch."""
+    parts: Parts = {}
+
+    def add(model: nn.Module, inputs: tuple[T, ...], options: dict[str, Any], dynamic: bool | None = None) -> None:
+        torch._dynamo.reset()
+        parts.update(quantized(model.eval().to(torch.bfloat16), inputs, options, dynamic))
+
+    add(Norm(), (bf16(64, 256), bf16(64, 256)), {"norm int8": {"recipe": "W8A8"}, "norm fp8": {"recipe": "FP8"}})
+    add(SwiGLU(), (bf16(2, 128, 256),), {"swiglu": {"recipe": "W8A8"}})
+    add(Chain(), (bf16(128, 256), bf16(128, 512)), {"requantized (M, K)": requantized(), "unfused": {**requantized(), "inductor": {"epilogue_fusion": False}}})
+    add(Chain(), (bf16(1, 16, 256), bf16(1, 16, 512)), {"requantized (1, S, K)": requantized()})
+    add(Chain(), (bf16(4, 16, 256), bf16(4, 16, 512)), {"requantized (B, S, K)": requantized(), "int8 (B, S, K)": {"recipe": "W8A8_STATIC"}})
+    add(Chain(), (bf16(4, 16, 256), bf16(4, 16, 512)), {"requantized dynamic": requantized(), "norm": {"recipe": "W8A8"}}, True)
+    return parts
+
+
+def transformer(name: str, layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+    """A GPT-2, OPT or BERT of transformers, small, in bfloat16, and a prefill without a cache."""
+    import transformers
+
+    size = {"vocab_size": 512, "num_hidden_layers": layers, "hidden_size": 128, "num_attention_heads": 2}
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_layer=layers, n_embd=128, n_head=2, vocab_size=512, n_positions=64)
+    elif name == "opt":
+        config = transformers.OPTConfig(**size, ffn_dim=512, word_embed_proj_dim=128, max_position_embeddings=64)
+    else:
+        config = transformers.BertConfig(**size, intermediate_size=512)
+    torch.manual_seed(0)
+    head = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
+    ids = {"input_ids": torch.randint(3, 512, (2, 16))}
+    return head.from_config(config).eval().to(torch.bfloat16), ids if name == "bert" else {**ids, "use_cache": False}
+
+
+def static_models() -> Parts:
+    """GPT-2, OPT (ReLU) and BERT under static int8."""
+    parts: Parts = {}
+    for name in ("gpt2", "opt", "bert"):
+        torch._dynamo.reset()
+        first = {"inductor": {"epilogue_fusion_first": True}} if name == "opt" else {}
+        parts.update(quantized(*transformer(name), {name: {"recipe": "W8A8_STATIC", **first}}))
+    return parts
+
+
+def recipes() -> Parts:
+    """A decoder layer of Llama under every recipe."""
+    import transformers
+    from qcompile.core.recipe import RECIPES
+
+    config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=1, hidden_size=128, num_attention_heads=2, intermediate_size=512, num_key_value_heads=2)
+    layer = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16).model.layers[0]
+    inputs = {"hidden_states": bf16(2, 16, 128), "position_embeddings": (bf16(1, 16, 64), bf16(1, 16, 64))}
+    return quantized(layer, inputs, {name: {"recipe": name} for name in RECIPES})
+
+
+def experts() -> Parts:
+    """Mixtral's experts with rows sorted by expert and with one expert for each row."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tiny_models import tiny
+
+    parts: Parts = {}
+    for form in ("grouped_mm", "batched_mm"):
+        torch._dynamo.reset()
+        model, inputs = tiny("mixtral", dtype=torch.bfloat16, experts_implementation=form, num_hidden_layers=1)
+        parts.update(quantized(model, {**inputs, "use_cache": False}, {f"{form} {recipe}": {"recipe": recipe} for recipe in ("W8A8", "W4A16")}))
+    return parts
+
+
+def spilling() -> Generated:
+    """A tile too large for its warps."""
+    from qcompile.kernels import linear
+
+    linear.blocks = lambda *_: {"BLOCK_M": 64, "BLOCK_N": 256, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
+    ((generated, _),) = quantized(nn.Linear(128, 256).eval().to(torch.bfloat16), (bf16(128, 128),), {"spilling": {"recipe": "NF4"}}).values()
+    return generated

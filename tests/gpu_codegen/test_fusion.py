@@ -1,0 +1,231 @@
+"""What the whole backend makes of models for an H200: which chains are one kernel, what is stored, which tensor-core instructions run, how many kernels a layer takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from expecttest import assert_expected_inline
+
+Part = dict[str, Any]
+QCase = Callable[..., dict[str, Part]]
+COUNTS = {"W8A8": 13, "W8A8_STATIC": 12, "W8A16": 11, "W4A16": 11, "W4A8": 13, "FP8": 13, "FP8_TENSOR": 17, "NF4": 11, "FP4": 11}
+"""Launches of a Llama layer, attention included: 7 products, 1 attention, 1 rotation each of q and k, 2 norms; then quantizations that no neighbour can carry."""
+
+
+def kinds(part: Part) -> list[str]:
+    """What each launch is: "tem" (a template), "per" and "red" (reductions), "poi" (pointwise), or the name of an extern call."""
+    return [name.split("_")[1] if name.startswith("triton_") else name for name in part["calls"]]
+
+
+def kernel(part: Part, name: str) -> dict[str, Any]:
+    return next(k for k in part["kernels"] if k["name"] == name)
+
+
+def templates(part: Part) -> list[dict[str, Any]]:
+    """Template kernels in the order of their launches."""
+    return [kernel(part, name) for name in part["calls"] if name.startswith("triton_tem")]
+
+
+def stored(row: dict[str, Any]) -> list[str]:
+    """Dtypes that a kernel writes, from its signature."""
+    signature = re.search(r"'signature': \{(.*?)\}", row["source"])
+    assert signature
+    return re.findall(r"'(?:in_)?out_ptr\d+': '\*(\w+)'", signature[1])
+
+
+def launch(part: Part, name: str, nth: int = 0) -> list[str]:
+    """Arguments of a launch."""
+    return re.findall(rf"\b{re.escape(name)}\.run\((.*?), stream=", part["source"])[nth].split(", ")  # type: ignore[no-any-return]
+
+
+def compiled(part: Part, only: str = "triton") -> None:
+    """Every kernel has a cubin and keeps its registers."""
+    rows = [row for row in part["kernels"] if row["name"].startswith(only)]
+    assert rows
+    for row in rows:
+        assert row["cubin_bytes"] > 1000, row["name"]
+        assert row["spills"] == 0, f"{row['name']} spills {row['spills']} bytes, {row['registers']} registers, {row['config']}"
+
+
+@pytest.mark.parametrize(("name", "codes", "instruction"), [("norm int8", "i8", "wgmma.mma_async*.s8"), ("norm fp8", "fp8e4nv", "wgmma.mma_async*.e4m3")])
+def test_residual_norm_and_quantization_are_one_kernel(qcase: QCase, name: str, codes: str, instruction: str) -> None:
+    part = qcase("chains")[name]
+    assert kinds(part) == ["per", "tem"]
+    norm, product = part["kernels"]
+    assert sorted(stored(norm)) == sorted(["bf16", codes, "fp32"])  # the residual stream, codes, one scale for each row
+    assert stored(product) == ["bf16"]
+    assert product["ptx"][instruction] > 0
+    compiled(part)
+
+
+@pytest.mark.parametrize("name", ["requantized (M, K)", "requantized (1, S, K)", "requantized (B, S, K)", "requantized dynamic"])
+def test_the_whole_epilogue_is_in_the_template(qcase: QCase, name: str) -> None:
+    """int4 product, scales, bias, GELU, residual and the next layer's int8 codes: one kernel that stores codes and nothing else."""
+    part = qcase("chains")[name]
+    assert kinds(part) == ["tem", "tem"] and part["externs"] == []
+    first, second = templates(part)
+    assert stored(first) == ["i8"] and stored(second) == ["bf16"]
+    assert "tanh" in first["source"]
+    assert second["ptx"]["mma.sync*.s8"] + second["ptx"]["wgmma.mma_async*.s8"] > 0
+    compiled(part)
+
+
+def test_batch_stays_symbolic(qcase: QCase) -> None:
+    assert re.search(r"\bs\d+\b", qcase("chains")["requantized dynamic"]["source"])
+
+
+def test_without_epilogue_fusion(qcase: QCase) -> None:
+    """The count is able to fail."""
+    assert kinds(qcase("chains")["unfused"]) == ["tem", "poi", "tem", "poi"]
+
+
+def test_swiglu_and_quantization_are_one_kernel(qcase: QCase) -> None:
+    part = qcase("chains")["swiglu"]
+    assert kinds(part) == ["per", "tem", "tem", "per", "tem"]  # quantize x; gate; up; silu * up + quantize; down
+    assert sorted(stored(kernel(part, part["calls"][3]))) == ["fp32", "i8"]
+    assert all(stored(row) == ["bf16"] and row["ptx"]["wgmma.mma_async*.s8"] > 0 for row in templates(part))
+    compiled(part)
+
+
+def test_dynamic_rows_with_a_dynamic_batch(qcase: QCase) -> None:
+    part = qcase("chains")["norm"]
+    assert kinds(part) == ["per", "tem", "per", "tem"]  # a row's maximum needs the whole row: it cannot be in the product's epilogue
+    compiled(part)
+
+
+def test_static_int8_throughout(qcase: QCase) -> None:
+    part = qcase("chains")["int8 (B, S, K)"]
+    assert kinds(part) == ["poi", "tem", "tem"]
+    assert [stored(row) for row in templates(part)] == [["i8"], ["bf16"]]
+    compiled(part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert"])
+def test_static_models_requantize_in_the_template(qcase: QCase, name: str) -> None:
+    """fc1, its bias, activation and re-quantization are one kernel that stores int8 alone; fc2 reads that buffer; no float32 tensor, and no 16-bit one of the hidden size, goes to memory."""
+    part = qcase("static_models", compile=False)[name]
+    fused = [i for i, call in enumerate(part["calls"]) if call.startswith("triton_tem") and stored(kernel(part, call)) == ["i8"]]
+    assert len(fused) == 1
+    fc1, fc2 = part["calls"][fused[0] : fused[0] + 2]
+    assert fc2.startswith("triton_tem") and stored(kernel(part, fc2)) == ["bf16"]
+    signature = re.findall(r"'(\w+)': '\*(\w+)'", kernel(part, fc2)["source"])
+    assert ("arg_X", "i8") in signature
+    out = [a for a in launch(part, fc1) if a.startswith("buf")][-1]
+    assert launch(part, fc2)[0] == out
+    assert re.search(rf"{out} = empty_strided_cuda\(\(32, 512\), \(512, 1\), torch\.int8\)", part["source"])
+    assert "empty_strided_cuda((2, 16, 512)" not in part["source"]
+    large = re.findall(r"empty_strided_cuda\(\(32, 512\), \(512, 1\), torch\.(\w+)\)", part["source"])
+    assert sorted(large) == ["bfloat16", "int8"]  # 512 is the vocabulary as well: the head's logits
+    assert not re.search(r"empty_strided_cuda\(.*torch\.float32\)", part["source"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert"])
+def test_no_kernel_only_quantizes_behind_a_product(qcase: QCase, name: str) -> None:
+    """The one pointwise quantization is that of attention's output: attention is an extern kernel."""
+    quantizing = [call for call in qcase("static_models", compile=False)[name]["calls"] if call.startswith("triton_poi") and "_quantize" in call]
+    assert len(quantizing) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_llama_layer_under_every_recipe(qcase: QCase, name: str) -> None:
+    parts = qcase("recipes", compile="triton_tem")
+    assert set(parts) == set(COUNTS)
+    part = parts[name]
+    assert len(part["calls"]) == COUNTS[name], part["calls"]
+    assert part["extra"]["kernels"] == kinds(part).count("tem") == 7
+    assert [e for e in part["externs"] if "_attention" not in e] == []
+    compiled(part, "triton_tem")
+    for row in templates(part):
+        if name in ("W8A8", "W8A8_STATIC", "W4A8"):
+            assert row["ptx"]["mma.sync*.s8"] > 0
+        else:
+            assert row["ptx"]["mma.sync"] > 0
+    if name == "W8A8_STATIC":
+        assert ["i8"] in [stored(row) for row in templates(part)]  # silu * up and down's codes are stored by the product of up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["W8A8", "W4A16"])
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_experts_of_mixtral(qcase: QCase, form: str, recipe: str) -> None:
+    """Sorted rows and one expert for each row: two grouped products, in 16 bits out, that compile and keep their registers."""
+    part = qcase("experts", compile="triton_tem")[f"{form} {recipe}"]
+    grouped = [row for row in templates(part) if "grouped_linear" in row["name"]]
+    assert len(grouped) == 2
+    assert all("INDEX" in row["source"] and "fp32" not in stored(row) for row in grouped)
+    if recipe == "W8A8":
+        assert all(row["ptx"]["mma.sync*.s8"] + row["ptx"]["wgmma.mma_async*.s8"] > 0 for row in grouped)
+    compiled(part, "triton_tem")
+
+
+@pytest.mark.slow
+def test_spills_are_seen(qcase: QCase) -> None:
+    """The check of registers is able to fail: a tile too large for its warps."""
+    (row,) = qcase("spilling")["kernels"]
+    assert row["spills"] > 0, row["registers"]
+
+
+def between(part: Part, first: str, last: str) -> str:
+    """Lines of the graph before Inductor from the one that matches ``first`` to the one that matches ``last``, with the names of packed inputs cut to their ends."""
+    lines = part["extra"]["text"].splitlines()
+    start = next(i for i, line in enumerate(lines) if re.search(first, line))
+    end = next(i for i, line in enumerate(lines) if re.search(last, line))
+    text = "\n".join(lines[start : end + 3])
+    return re.sub(r"l_\w*?modules_([a-z0-9_]+?)_parameters_weight__", lambda m: m[1].split("_modules_")[-1] + ".", text)
+
+
+@pytest.mark.slow
+def test_graph_of_opt(qcase: QCase) -> None:
+    assert_expected_inline(between(qcase("static_models", compile=False)["opt"], r"fc1: ", r"fc2: "), """\
+scaled_linear_default_4 = qcompile.scaled_linear(getitem_2, [fc1.range], [fc1.codes, fc1.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc1: int8.tensor.static @ int8.row
+add_8 = add(scaled_linear_default_4, %model.decoder.layers.0.fc1.bias)
+hidden_states_6 = add_8.to(bfloat16)
+hidden_states_7 = relu(hidden_states_6, inplace=False)
+quantize_default_3 = qcompile.quantize(hidden_states_7, [fc2.range], 'int8.tensor.static')
+getitem_3 = getitem(quantize_default_3, 0)
+scaled_linear_default_5 = qcompile.scaled_linear(getitem_3, [fc2.range], [fc2.codes, fc2.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc2: int8.tensor.static @ int8.row
+add_9 = add(scaled_linear_default_5, %model.decoder.layers.0.fc2.bias)
+hidden_states_8 = add_9.to(bfloat16)""")
+
+
+@pytest.mark.slow
+def test_graph_of_gpt2(qcase: QCase) -> None:
+    assert_expected_inline(between(qcase("static_models", compile=False)["gpt2"], r"mlp\.c_fc: ", r"mlp\.c_proj: "), """\
+scaled_linear_default_2 = qcompile.scaled_linear(getitem_11, [c_fc.range], [c_fc.codes, c_fc.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_fc: int8.tensor.static @ int8.row
+add_8 = add(scaled_linear_default_2, %transformer.h.0.mlp.c_fc.bias)
+x_4 = add_8.to(bfloat16)
+x_5 = x_4.view((2, 16, 512))
+mul = mul(0.5, x_5)
+pow_1 = pow(x_5, 3.0)
+mul_1 = mul(0.044715, pow_1)
+add_5 = add(x_5, mul_1)
+mul_2 = mul(0.7978845608028654, add_5)
+tanh = tanh(mul_2)
+add_6 = add(1.0, tanh)
+hidden_states_5 = mul(mul, add_6)
+view_10 = hidden_states_5.view(-1, 512)
+quantize_default_3 = qcompile.quantize(view_10, [c_proj.range], 'int8.tensor.static')
+getitem_12 = getitem(quantize_default_3, 0)
+scaled_linear_default_3 = qcompile.scaled_linear(getitem_12, [c_proj.range], [c_proj.codes, c_proj.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_proj: int8.tensor.static @ int8.row
+add_9 = add(scaled_linear_default_3, %transformer.h.0.mlp.c_proj.bias)
+x_6 = add_9.to(bfloat16)""")
+
+
+@pytest.mark.slow
+def test_graph_of_bert(qcase: QCase) -> None:
+    assert_expected_inline(between(qcase("static_models", compile=False)["bert"], r"intermediate\.dense: ", r"0\.output\.dense: "), """\
+scaled_linear_default_4 = qcompile.scaled_linear(getitem_2, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.intermediate.dense: int8.tensor.static @ int8.row
+add_7 = add(scaled_linear_default_4, %bert.encoder.layer.0.intermediate.dense.bias)
+hidden_states_3 = add_7.to(bfloat16)
+hidden_states_4 = gelu(hidden_states_3)
+quantize_default_3 = qcompile.quantize(hidden_states_4, [dense.range], 'int8.tensor.static')
+getitem_3 = getitem(quantize_default_3, 0)
+scaled_linear_default_5 = qcompile.scaled_linear(getitem_3, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.output.dense: int8.tensor.static @ int8.row
+add_8 = add(scaled_linear_default_5, %bert.encoder.layer.0.output.dense.bias)
+hidden_states_5 = add_8.to(bfloat16)""")

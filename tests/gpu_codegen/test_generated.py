@@ -1,0 +1,103 @@
+"""What Inductor generates for an H200, checked without one: how many kernels, which of them are extern, and that each compiles for sm_90 without spilling."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Isolated = Callable[..., dict[str, Any]]
+
+
+def compiles(result: dict[str, Any]) -> None:
+    """Every kernel has a cubin and keeps its registers."""
+    for kernel in result["kernels"]:
+        assert kernel["cubin_bytes"] > 1000, kernel["name"]
+        assert kernel["spills"] == 0, f"{kernel['name']} spills {kernel['spills']} bytes, {kernel['registers']} registers, {kernel['config']}"
+
+
+def names(result: dict[str, Any]) -> list[str]:
+    return [kernel["name"] for kernel in result["kernels"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_norm_and_quantization_are_one_kernel(isolated: Isolated, dynamic: bool) -> None:
+    result = isolated("norm_quantize", dynamic=dynamic)
+    assert len(result["calls"]) == 1 and result["externs"] == [], result["calls"]
+    kernel = result["kernels"][0]
+    assert len(re.findall(r"tl\.store\(", kernel["source"])) == 3  # residual stream, codes, scales
+    assert kernel["ptx"]["st.global"] >= 3
+    compiles(result)
+
+
+def test_swiglu_and_quantization_are_one_kernel(isolated: Isolated) -> None:
+    result = isolated("swiglu_quantize", config={"split_reductions": False})
+    assert len(result["calls"]) == 1 and result["externs"] == [], result["calls"]
+    assert "tl.int8" in result["kernels"][0]["source"]
+    compiles(result)
+
+
+@pytest.mark.slow
+def test_few_long_rows_split_the_reduction(isolated: Isolated) -> None:
+    """Why the test above switches `split_reductions` off: 64 rows of 11008 leave SMs idle, so Inductor computes the row maximum in two steps and reads the inputs twice."""
+    assert len(isolated("swiglu_quantize", compile=False)["calls"]) == 3
+    assert len(isolated("swiglu_quantize", compile=False, m=4096)["calls"]) == 1
+
+
+@pytest.mark.slow
+def test_autotuned_int8_gemm_uses_wgmma(isolated: Isolated) -> None:
+    result = isolated("int8_gemm_autotuned")
+    assert len(result["calls"]) == 1 and result["kernels"][0]["ptx"]["wgmma.mma_async"] > 0
+    compiles(result)
+
+
+def test_indexing_and_cache_updates(isolated: Isolated) -> None:
+    result = isolated("indexing")
+    assert result["externs"] == ["torch.ops.aten._scaled_dot_product_efficient_attention.default"]
+    assert result["graphs"] == 1
+    compiles(result)
+
+
+@pytest.mark.parametrize("decompose", [True, False])
+def test_graph_with_our_decompositions_and_pass(isolated: Isolated, decompose: bool) -> None:
+    result = isolated("graph_level", decompose=decompose, compile=False)
+    kept = "qcompile.linear.default" in result["extra"]["seen"]
+    assert kept is not decompose
+    assert any(name.startswith("triton_tem_") for name in names(result)) is not decompose
+    assert ("extern_kernels.mm" in result["externs"]) is decompose
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "matmuls"),
+    [("gpt2", {"addmm": 4, "mm": 1}), ("opt", {"addmm": 6, "mm": 1}), ("bert", {"addmm": 8}), ("llama", {"mm": 8})],
+)
+def test_transformers(isolated: Isolated, model: str, matmuls: dict[str, int]) -> None:
+    """One layer and the head of a real model, unquantized: one graph, each linear one extern call, fused attention, nothing left on the CPU."""
+    result = isolated("transformer", name=model, compile=False)
+    externs = Counter(name.removeprefix("extern_kernels.") for name in result["externs"])
+    attention = [name for name in externs if "_attention" in name]
+    assert result["graphs"] == 1 and len(attention) == 1
+    assert {name: n for name, n in externs.items() if name not in attention} == matmuls
+    assert "async_compile.cpp" not in result["source"] and "empty_strided_cpu(" not in result["source"]
+
+
+@pytest.mark.slow
+def test_backend_can_see_cuda_itself(isolated: Isolated) -> None:
+    """Retargeting before the backend gives the same code as retargeting behind it."""
+    before, behind = (isolated("transformer", name="opt", compile=False, values=values) for values in (False, True))
+    assert before["calls"] == behind["calls"]
+
+
+@pytest.mark.slow
+def test_transformer_with_dynamic_shapes(isolated: Isolated) -> None:
+    result = isolated("transformer", name="llama", dynamic=True, compile=True)
+    assert result["graphs"] == 1 and re.search(r"\bs\d+\b", result["source"])
+    compiles(result)
+
+
+def test_a_failing_case_shows_its_output(isolated: Isolated) -> None:
+    with pytest.raises(AssertionError, match="no_such_case"):
+        isolated("no_such_case")

@@ -1,0 +1,149 @@
+"""Every way to write a linear becomes one; the others are listed with their reasons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captured import captured, outputs, refusals, texts, through
+from expecttest import assert_expected_inline
+from torch import nn
+
+from qcompile.passes import PASSES
+from qcompile.passes.infra import run
+
+
+class Weight(nn.Module):
+    """A function of x and parameters w (N x K), b, as a module."""
+
+    def __init__(self, fn, *shape: int) -> None:
+        super().__init__()
+        self.fn, self.w, self.b = fn, nn.Parameter(torch.randn(shape or (32, 64))), nn.Parameter(torch.randn(32))
+
+    def forward(self, x):
+        return self.fn(x, self.w, self.b)
+
+
+X = torch.randn(4, 64)
+SPELLINGS = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), (32, 64)),
+    "linear with names": (lambda x, w, b: F.linear(input=x, weight=w, bias=b), (32, 64)),
+    "linear with a cast": (lambda x, w, b: F.linear(x.double(), w.to(torch.float64)), (32, 64)),
+    "Conv1D of transformers": (lambda x, w, b: torch.addmm(b, x.view(-1, x.size(-1)), w), (64, 32)),
+    "addmm with names": (lambda x, w, b: torch.addmm(input=b, mat1=x, mat2=w.t()), (32, 64)),
+    "matmul with T": (lambda x, w, b: x @ w.T, (32, 64)),
+    "matmul with mT": (lambda x, w, b: torch.matmul(x, w.mT), (32, 64)),
+    "matmul with transpose": (lambda x, w, b: torch.matmul(x, w.transpose(0, -1)), (32, 64)),
+    "matmul with permute": (lambda x, w, b: torch.matmul(x, w.permute(1, 0)), (32, 64)),
+    "matmul of K x N": (lambda x, w, b: x.reshape(2, 2, 64) @ w, (64, 32)),
+    "mm": (lambda x, w, b: torch.mm(x, w), (64, 32)),
+    "method mm": (lambda x, w, b: x.mm(w.t()) + b, (32, 64)),
+    "one of stacked": (lambda x, w, b: x @ w[1] + x @ w[2].T.T, (3, 64, 32)),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_become_linear_and_keep_their_value(name):
+    fn, shape = SPELLINGS[name]
+    gm, args = captured(Weight(fn, *shape), X)
+    after = run([PASSES["normalize"]], gm)
+    products = [n for n in after.graph.nodes if n.op != "placeholder" and n.target in (F.linear, torch.addmm, torch.matmul, torch.mm, "mm", "matmul")]
+    assert products and {n.target for n in products} == {F.linear}
+    assert refusals(after) == []
+    for a, b in zip(outputs(gm, args), outputs(after, args), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_texts():
+    def fn(x, w, b):
+        a = torch.addmm(b, x, w)
+        c = x @ w.transpose(0, 1).T
+        return a, c, F.linear(input=x, weight=w.t(), bias=b)
+
+    assert_expected_inline(texts(("normalize",), Weight(fn, 64, 32), X), """\
+inputs: l_x_: float32[4, 64]
+t_1 = %w.t()
+a = linear(l_x_, t_1, %b)
+transpose = %w.transpose(0, 1)
+getattr_1 = getattr(transpose, 'T')
+c = linear(l_x_, transpose, None)
+t = %w.t()
+linear = linear(l_x_, t, %b)
+return (a, c, linear)""")
+
+
+def test_convolutions_with_a_kernel_of_one():
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv1d(64, 32, 1), nn.Conv2d(32, 16, 1, bias=False)
+
+        def forward(self, x):
+            return self.two(self.one(x).unsqueeze(-1))
+
+    gm, args = captured(Convolutions(), torch.randn(2, 64, 5))
+    after = run([PASSES["normalize"]], gm)
+    torch.testing.assert_close(outputs(after, args), outputs(gm, args))  # another order of sums than a convolution's
+    assert_expected_inline(texts(("normalize",), Convolutions(), torch.randn(2, 64, 5)), """\
+inputs: l_x_: float32[2, 64, 5]
+movedim = l_x_.movedim(1, -1)
+flatten = %one.weight.flatten(1)
+linear = linear(movedim, flatten, %one.bias)
+conv1d = linear.movedim(-1, 1)
+unsqueeze = conv1d.unsqueeze(-1)
+movedim_2 = unsqueeze.movedim(1, -1)
+flatten_1 = %two.weight.flatten(1)
+linear_1 = linear(movedim_2, flatten_1, None)
+conv2d = linear_1.movedim(-1, 1)
+return (conv2d,)""")
+
+
+REFUSED = {
+    "beta": lambda x, w, b: torch.addmm(b, x, w.t(), beta=2),
+    "matrix bias": lambda x, w, b: torch.addmm(x @ x.t() @ x[:, :32], x, w.t()),
+    "first factor": lambda x, w, b: w @ x.t(),
+    "computed": lambda x, w, b: F.linear(x, w * 2),
+    "einsum": lambda x, w, b: torch.einsum("mk,nk->mn", x, w),
+    "kernel of three": lambda x, w, b: F.conv1d(x[:, :32].t().unsqueeze(0), torch.stack([w[:, :32]] * 3, -1)),
+    "stride": lambda x, w, b: F.conv1d(x.t().unsqueeze(0), w.unsqueeze(-1), stride=2),
+    "bmm": lambda x, w, b: torch.bmm(x.unsqueeze(0), w.t().unsqueeze(0)),
+}
+
+
+def test_refusals_have_reasons():
+    lines = [f"{name}: {'; '.join(refusals(through(('normalize',), Weight(fn), X))) or 'none'}" for name, fn in REFUSED.items()]
+    assert_expected_inline("\n".join(lines), """\
+beta: w (32, 64): addmm with beta or alpha other than 1
+matrix bias: w (32, 64): addmm whose first argument is not a bias vector
+first factor: w (32, 64): the parameter is the first factor of the product
+computed: w (32, 64): the weight is computed in the graph (mul)
+einsum: w (32, 64): einsum is no linear layer
+kernel of three: w (32, 64): a convolution whose weight is computed in the graph
+stride: w (32, 64): a convolution whose weight is computed in the graph
+bmm: w (32, 64): bmm is no linear layer""")
+
+
+def test_refusals_of_convolutions():
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.strided, self.grouped = nn.Conv1d(64, 64, 3, padding=1), nn.Conv1d(64, 64, 1, stride=2), nn.Conv1d(64, 64, 1, groups=2)
+
+        def forward(self, x):
+            return self.grouped(self.strided(self.wide(x)))
+
+    assert_expected_inline("\n".join(refusals(through(("normalize",), Convolutions(), torch.randn(2, 64, 6)))), """\
+wide.weight (64, 64, 3): a convolution with a kernel of 3
+strided.weight (64, 64, 1): a convolution with stride, padding, dilation or groups
+grouped.weight (64, 32, 1): a convolution with stride, padding, dilation or groups""")
+
+
+def test_products_of_activations_are_left_alone():
+    gm = through(("normalize",), Weight(lambda x, w, b: (x @ x.t()) @ F.linear(x, w)), X)
+    assert refusals(gm) == [] and [getattr(n.target, "__name__", "") for n in gm.graph.nodes].count("matmul") == 2
+
+
+def test_names_stay():
+    gm, _ = captured(Weight(lambda x, w, b: torch.relu(torch.addmm(b, x, w)), 64, 32), X)
+    after = run([PASSES["normalize"]], gm)
+    assert {n.name for n in gm.graph.nodes} <= {n.name for n in after.graph.nodes}

@@ -1,0 +1,196 @@
+"""What cannot work is an error that names the thing; the model is unharmed, and works once the thing is mended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import W8, Net, Tied, close, graphs, rounded, said
+from torch import nn
+
+from qcompile.backend import backend
+from qcompile.passes import PASSES, Pass
+from qcompile.weights import TABLE
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 32)
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="qcompile", options=W8 | options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [{}, {"release": True}, {"recipe": "NF4"}])
+def test_weights_that_are_not_finite(value, options, x):
+    model = Net()
+    good = model.down.weight[3, 5].item()
+    model.down.weight.data[3, 5] = value
+    fast = compiled(model, **options)
+    state = {k: v.clone() for k, v in model.state_dict().items()} if not options.get("release") else None
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(Exception, match=r"parameter down(\.weight)? of shape \(32, 48\) has 1 values that are NaN or infinite, the first at \(3, 5\)"):
+            fast(x)
+    with torch.no_grad():
+        if state is not None:
+            assert all(torch.equal(v, state[k]) or k == "down.weight" for k, v in model.state_dict().items())
+            assert model(x).shape == (5, 32)
+        model.load_state_dict({"down.weight": model.down.weight.detach().nan_to_num(good, good, good)}, strict=False)
+        twin = Net()
+        twin.load_state_dict(model.state_dict())
+        assert close(fast(x), rounded(twin, "nf4.g64" if options.get("recipe") else "int8.row")(x), 2e-2 if state is None else 1e-5)
+
+
+def test_a_weight_that_becomes_nan(x):
+    """An update that is no good is refused; the next good one is taken."""
+    model = Net()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(x)
+        good = model.up.weight.clone()
+        model.up.weight[0, 0] = float("nan")
+        with pytest.raises(Exception, match=r"parameter up"):
+            fast(x)
+        model.up.weight.copy_(good)
+        assert close(fast(x), rounded(model)(x))
+
+
+def test_zero_and_constant_weights(x):
+    model = Net()
+    with torch.no_grad():
+        model.up.weight.zero_()
+        model.down.weight.fill_(0.5)
+        for recipe in ("W8A16", "W4A16", "NF4", "FP4"):
+            assert close(compiled(model, recipe=recipe)(x), model(x), 0.05)
+
+
+def test_meta_parameters(x):
+    with torch.device("meta"):
+        model = Net()
+    with torch.no_grad(), pytest.raises(Exception, match=r"meta"):
+        compiled(model)(x)
+    with torch.no_grad(), pytest.raises(Exception, match=r"parameter up(\.weight)? is on the meta device: load its values"):
+        compiled(model)(x.to("meta"))
+    model.to_empty(device="cpu")
+    model.load_state_dict(Net().state_dict())
+    with torch.no_grad():
+        assert close(compiled(model)(x), rounded(model)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_cast_after_compiling(dtype, x):
+    model = Net()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(x)
+        model.to(dtype)
+        y, truth = fast(x.to(dtype)), rounded(model)(x.to(dtype))
+        assert y.dtype == dtype and close(y, truth, 2e-2)
+        model.float()
+        assert close(fast(x), rounded(model)(x))
+
+
+def test_a_cast_that_no_input_shows():
+    """Ids stay integers when the model is cast."""
+    model, ids = Tied(), torch.randint(64, (2, 5))
+    fast = compiled(model)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            model.to(dtype)
+            y, truth = fast(ids), rounded(model, keep=("head",))(ids)
+            assert y.dtype == dtype and close(y, truth, 2e-2)
+
+
+def test_wrong_shape(x):
+    model = Net()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(x)
+        with pytest.raises(Exception, match=r"shape|size|mat"):
+            fast(torch.randn(5, 31))
+        assert close(fast(x), rounded(model)(x))
+
+
+@pytest.mark.parametrize("name", ["normalize", "find_sites", "match", "observe", "lower"])
+def test_a_pass_that_fails(name, x, monkeypatch):
+    def fail(gm, context):
+        raise KeyError("oops")
+
+    model = Net()
+    fast = compiled(model)
+    with monkeypatch.context() as patch:
+        patch.setitem(PASSES, name, Pass(name, fail, PASSES[name].after))
+        with torch.no_grad(), pytest.raises(Exception, match=rf"pass '{name}' failed after .*KeyError: 'oops'"):
+            fast(x)
+    with torch.no_grad():
+        assert close(fast(x), rounded(model)(x))
+
+
+def test_a_pass_that_breaks_the_graph(x, monkeypatch):
+    def bad(gm, context):
+        node = next(n for n in gm.graph.nodes if n.op == "call_function")
+        node.args = (next(iter(reversed(gm.graph.nodes))).prev, *node.args[1:])
+        return gm
+
+    monkeypatch.setitem(PASSES, "match", Pass("match", bad, PASSES["match"].after))
+    with torch.no_grad(), pytest.raises(Exception, match=r"pass 'match' failed"):
+        compiled(Net())(x)
+
+
+def test_static_recipe_on_an_empty_call(x):
+    """No rows, no range: an error, and the next call calibrates."""
+    model = Net()
+    fast = torch.compile(model, backend="qcompile", dynamic=False, options={"recipe": "W8A8_STATIC", "lower": "eager"})
+    with torch.no_grad():
+        with pytest.raises(Exception, match=r"gave .* no rows; its range cannot be fixed"):
+            fast(x[:0])
+        assert close(fast(x), model(x), 0.05) and fast(x[:0]).shape == (0, 32)
+
+
+def test_static_recipe_on_nan(x):
+    model = Net()
+    fast = compiled(model, recipe="W8A8_STATIC")
+    with torch.no_grad():
+        with pytest.raises(Exception, match=r"input of up has values that are NaN or infinite"):
+            fast(x / 0)
+        assert not TABLE.record(model.up.weight).ranges
+        assert close(fast(x), model(x), 0.05)
+
+
+def test_hardware_that_is_not_there(x):
+    """FP8 products on a CPU are emulated, which is said once; ``strict`` refuses."""
+    model = Net()
+    with said() as texts, graphs() as seen, torch.no_grad():
+        for _ in range(2):
+            assert close(compiled(model, recipe="FP8")(x), model(x), 0.1)
+    assert len(texts) == 1 and "2 linears are emulated by dequantize + matmul" in texts[0] and "e4m3" in texts[0]
+    assert texts[0].removeprefix("qcompile: ") in seen[0][0].notes
+    with torch.no_grad(), pytest.raises(Exception, match=r"StrictError.*|2 linears are emulated"):
+        compiled(model, recipe="FP8", strict=True)(x)
+    with torch.no_grad():
+        assert close(compiled(model, recipe="W8A8", strict=True)(x), model(x), 0.05)
+
+
+def test_weights_that_are_integers():
+    """What is quantized already is left alone."""
+    class Codes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.randint(-8, 8, (32, 32), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.codes.to(x.dtype).t()
+
+    model = Codes()
+    x = torch.randn(3, 32)
+    with graphs() as seen:
+        assert close(compiled(model)(x), model(x))
+    assert not seen[0][0].kernels
+
+
+def test_called_by_hand(x):
+    """The backend is a function of a graph module and inputs."""
+    gm = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    out = backend(gm, [x], options={"lower": "eager"})(x)
+    assert torch.equal(out, x.relu())

@@ -1,0 +1,75 @@
+"""Inductor's caches: ours never mix with plain ones, with another recipe or with other sources of ours; a warm process hits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small import ROOT, python
+
+CODE = f"""
+import sys, json
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+from torch._dynamo.utils import counters
+from small import Net
+from qcompile import backend
+torch.manual_seed(0)
+model, x = Net(), torch.randn(5, 32)
+real, out = backend.sources, []
+for what in sys.argv[1].split(","):
+    torch._dynamo.reset()
+    counters.clear()
+    backend.sources = (lambda: b"another version") if what.endswith("*") else real
+    recipe = what.rstrip("*")
+    fast = torch.compile(model, backend="inductor") if recipe == "plain" else torch.compile(model, backend="qcompile", options={{"recipe": recipe}})
+    with torch.no_grad():
+        y = fast(x)
+        error = float((y - model(x)).norm() / model(x).norm())
+    hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    misses = counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"]
+    bypasses = counters["inductor"]["fxgraph_cache_bypass"] + counters["aot_autograd"]["autograd_cache_bypass"]
+    out.append({{"what": what, "hits": hits, "misses": misses, "bypasses": bypasses, "error": error, "y": y.double().flatten().tolist()}})
+print(json.dumps(out))
+"""
+
+
+def run(folder, *what):
+    """One process that compiles these after one another with a private cache."""
+    code = f"import sys; sys.argv = ['', {','.join(what)!r}]\n{CODE}"
+    return json.loads(python(code, TORCHINDUCTOR_CACHE_DIR=str(folder), TORCHINDUCTOR_FX_GRAPH_CACHE="1", TORCHINDUCTOR_AUTOGRAD_CACHE="1").splitlines()[-1])
+
+
+def in_bounds(row):
+    low, high = {"plain": (0, 1e-5), "W8A8": (1e-3, 0.05), "W8A16": (1e-4, 0.03), "W4A16": (0.02, 0.4)}[row["what"].rstrip("*")]
+    return low <= row["error"] <= high
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return folder, run(folder, "plain", "W8A8", "W4A16", "W8A16", "W8A8*", "W8A8")
+
+
+def test_nothing_is_shared_that_differs(cold):
+    _, rows = cold
+    for row in rows[:5]:
+        assert row["hits"] == 0 and row["misses"] >= 1 and row["bypasses"] == 0, row["what"]
+    assert all(map(in_bounds, rows))
+
+
+def test_the_same_again_hits(cold):
+    _, rows = cold
+    assert rows[5]["hits"] >= 1 and rows[5]["misses"] == 0 and rows[5]["y"] == rows[1]["y"]
+
+
+def test_a_warm_process_hits(cold):
+    folder, rows = cold
+    before = {row["what"]: row for row in rows}
+    for row in run(folder, "W8A8", "plain", "W4A16"):
+        assert row["hits"] >= 1 and row["misses"] == 0 and row["y"] == before[row["what"]]["y"] and in_bounds(row)
+
+
+def test_ours_first_then_plain(tmp_path):
+    ours, plain = run(tmp_path, "W8A8", "plain")
+    assert ours["hits"] == plain["hits"] == 0 and in_bounds(ours) and in_bounds(plain)

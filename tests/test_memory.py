@@ -1,0 +1,345 @@
+"""Released weights: the memory is given back, the output stays, and no use of a released weight crashes or computes nonsense in silence."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from small import W8, Net, Stack, Tied, close, graphs, rounded
+from tiny_models import tiny
+from torch import nn
+
+import qcompile
+from qcompile import memory
+from qcompile.core.errors import WeightError
+from qcompile.memory import is_released
+from qcompile.weights import TABLE
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="qcompile", options=W8 | options)
+
+
+def storages(*tensors) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def packed(model) -> list[torch.Tensor]:
+    return [t for p in model.parameters() if TABLE.get(p) for e in TABLE.get(p).entries.values() for t in e.tensors]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 32)
+
+
+@pytest.fixture(params=["release_weights", "option"])
+def released(request, x):
+    """(model, its compiled form, what it computed before the release): a model whose weights were released in one of the two ways."""
+    model = Net()
+    truth = rounded(model)(x).detach()
+    fast = compiled(model, release=request.param == "option")
+    with torch.no_grad():
+        assert close(fast(x), truth)
+    if request.param == "release_weights":
+        assert qcompile.release_weights(model) == model.up.weight.nbytes + model.down.weight.nbytes
+    assert is_released(model.up.weight) and is_released(model.down.weight)
+    return model, fast, truth
+
+
+def test_output_stays(released, x):
+    _, fast, truth = released
+    with torch.no_grad():
+        for _ in range(3):
+            assert close(fast(x), truth)
+        assert close(fast(torch.cat([x, x])), torch.cat([truth, truth]))  # another graph
+    with torch.inference_mode():
+        assert close(fast(x), truth)
+
+
+@pytest.mark.parametrize("how", ["release_weights", "option"])
+@pytest.mark.parametrize("recipe", ["W8A8", "W4A16", "NF4"])
+def test_resident_bytes(how, recipe):
+    """At most 1.1 x (packed sites + tensors kept), measured over real storages."""
+    model, inputs = tiny("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+    fast = compiled(model, recipe=recipe, release=how == "option")
+    with torch.no_grad(), graphs() as seen:
+        y = fast(**inputs).logits
+        if how == "release_weights":
+            qcompile.release_weights(model)
+        assert torch.equal(fast(**inputs).logits, y)
+    graph, args = seen[-1]
+    quantized = {id(args[graph.sites[name].param.index]) for name in graph.kernels}
+    kept = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantized]
+    budget = storages(*packed(model)) + storages(*kept)
+    resident = storages(*packed(model), *model.parameters(), *model.buffers())
+    assert resident <= 1.1 * budget
+    alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+    big = {t.untyped_storage().data_ptr() for t in alive if t.dtype == torch.bfloat16 and t.untyped_storage().nbytes() >= 512 * 256 * 2}
+    assert not big, "a copy of a 16-bit weight is still alive"
+    if recipe == "NF4":
+        assert resident < 0.5 * sum(p.numel() * 2 for p in model.parameters())
+
+
+def test_site_by_site(monkeypatch):
+    """When a site is packed, those before it are released already: no more than one layer is held twice."""
+    model, held = Stack(6), []
+    real = memory.TABLE.packed
+
+    def watch(p, how, scheme, path):
+        if TABLE.get(p) is None or not TABLE.get(p).entries:
+            held.append([is_released(q) for q in model.parameters() if q.dim() == 2])
+        return real(p, how, scheme, path)
+
+    monkeypatch.setattr(TABLE, "packed", watch)
+    with torch.no_grad():
+        compiled(model, release=True)(torch.randn(2, 32))
+    assert held == [[True] * i + [False] * (12 - i) for i in range(12)]
+
+
+def test_peak(monkeypatch):
+    """Memory during the first call: below the 16-bit model, its packed form of one layer, and what packing one weight takes."""
+    model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(12)]).to(torch.bfloat16)
+    whole, one = storages(*model.parameters()), model[0].weight.nbytes
+    peak = 0
+    real = memory.release
+
+    def watch(p, path):
+        nonlocal peak
+        peak = max(peak, storages(*packed(model), *model.parameters()))
+        return real(p, path)
+
+    monkeypatch.setattr("qcompile.backend.release", watch)
+    with torch.no_grad():
+        compiled(model, release=True)(torch.randn(2, 256, dtype=torch.bfloat16))
+    assert peak <= whole + 0.6 * one
+
+
+def test_state_dict(released):
+    model, _, _ = released
+    state = model.state_dict()
+    want = {"up.weight": (48, 32), "up.bias": (48,), "down.weight": (32, 48)}
+    assert {k: tuple(v.shape) for k, v in state.items()} == want
+    assert all(torch.isfinite(v).all() and not is_released(v) for v in state.values())
+    assert storages(*state.values()) >= 4 * (2 * 48 * 32)
+    other = Net()
+    other.load_state_dict(state)
+    assert torch.equal(other.up.weight, state["up.weight"])
+
+
+def test_state_dict_is_the_rounded_model(x):
+    model = Net()
+    twin = rounded(model)
+    with torch.no_grad():
+        compiled(model, release=True)(x)
+    assert all(close(v, twin.state_dict()[k], 1e-6) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_revives(released, x, assign):
+    model, fast, _ = released
+    fresh = Net()
+    model.load_state_dict(fresh.state_dict(), assign=assign)
+    with torch.no_grad():
+        assert close(model(x), fresh(x))
+        assert close(fast(x), rounded(fresh)(x))
+    assert torch.isfinite(model.up.weight).all() == (not is_released(model.up.weight))
+
+
+def test_load_one_of_two(released, x):
+    """A partial checkpoint revives what it names; the rest stays released and right."""
+    model, fast, _ = released
+    want = Net()
+    want.load_state_dict(model.state_dict())
+    want.up.weight.data.copy_(torch.randn(48, 32))
+    model.load_state_dict({"up.weight": want.up.weight}, strict=False)
+    with torch.no_grad():
+        assert close(fast(x), rounded(want)(x), 1e-2)
+    assert is_released(model.down.weight)
+
+
+def test_deepcopy(released, x):
+    """A copy is whole: dequantized weights of its own."""
+    model, fast, truth = released
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert close(twin(x), truth, 1e-4)
+        assert close(fast(x), truth)
+    assert is_released(model.up.weight) and not is_released(twin.up.weight)
+    twin.up.weight.data.zero_()
+    with torch.no_grad():
+        assert close(fast(x), truth)
+
+
+def test_save(released, x):
+    model, fast, truth = released
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        assert close(again(x), truth, 1e-4)
+        assert close(fast(x), truth)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    assert all(torch.isfinite(v).all() for v in torch.load(file).values())
+
+
+def test_eager_use_is_nan(released, x):
+    model, _, _ = released
+    with torch.no_grad():
+        assert model(x).isnan().all()
+    assert model.up.weight.isnan().all() and model.up.weight.shape == (48, 32)
+    assert "nan" in repr(model.up.weight)
+
+
+def test_writing_is_an_error(released, x):
+    model, fast, truth = released
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.up.weight.mul_(2)
+    with torch.no_grad():
+        assert close(fast(x), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_to_dtype(released, x, dtype):
+    """The compiled model goes on in the new dtype, and its weights come back in it."""
+    model, fast, truth = released
+    model.to(dtype)
+    with torch.no_grad():
+        y = fast(x.to(dtype))
+    assert y.dtype == dtype and close(y.float(), truth, 2e-2)
+    assert model.state_dict()["up.weight"].dtype == dtype and torch.isfinite(model.state_dict()["up.weight"]).all()
+
+
+def test_to_device(released, x):
+    model, fast, truth = released
+    with torch.no_grad():
+        model.to("cpu")
+        assert close(fast(x), truth)
+
+
+def test_grad_mode_is_an_error(released, x):
+    model, fast, truth = released
+    with pytest.raises(Exception, match=r"grad mode is on and weights were released.*torch\.no_grad"):
+        fast(x)
+    with torch.no_grad():
+        assert close(fast(x), truth)
+    model.requires_grad_(False)
+    assert close(fast(x), truth)
+
+
+def test_another_recipe_is_an_error(released, x):
+    model, fast, truth = released
+    with torch.no_grad(), pytest.raises(Exception, match=r"up.* was released.*cannot be packed as nf4"):
+        compiled(model, recipe="NF4")(x)
+    with torch.no_grad(), pytest.raises(Exception, match=r"was released"):
+        compiled(model, ignore=["up"])(x)
+    with torch.no_grad():
+        assert close(fast(x), truth)
+
+
+def test_refresh_and_optimizers_leave_released_weights_alone(released, x):
+    model, fast, truth = released
+    qcompile.refresh(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.step()
+    with torch.no_grad():
+        assert close(fast(x), truth)
+    assert qcompile.release_weights(model) == 0
+
+
+def test_replaced_after_release(released, x):
+    model, fast, _ = released
+    model.up.weight = nn.Parameter(torch.randn(48, 32))
+    want = Net()
+    want.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert close(fast(x), rounded(want)(x), 1e-2)
+
+
+def test_data_after_release(released, x):
+    """``p.data = t`` brings a value: the release is over."""
+    model, fast, _ = released
+    model.up.weight.data = torch.randn(48, 32)
+    want = Net()
+    want.load_state_dict(model.state_dict())
+    assert torch.equal(want.up.weight, model.up.weight)
+    with torch.no_grad():
+        assert close(fast(x), rounded(want)(x), 1e-2)
+
+
+def test_tied_embedding_is_kept():
+    model, ids = Tied(), torch.randint(64, (2, 7))
+    fast = compiled(model, head="int8.row", release=True)
+    with torch.no_grad():
+        y = fast(ids)
+        assert not is_released(model.table.weight) and is_released(model.body.up.weight)
+        assert qcompile.release_weights(model) == 0
+        assert torch.equal(fast(ids), y) and torch.isfinite(y).all()
+
+
+def test_embedding_in_another_graph_is_kept():
+    """The table is looked up in one graph and multiplied with in another."""
+
+    class Broken(Tied):
+        def forward(self, ids):
+            x = self.table(ids)
+            torch._dynamo.graph_break()
+            return self.head(self.body(x))
+
+    model, ids = Broken(), torch.randint(64, (2, 7))
+    fast = compiled(model, head="int8.row", release=True)
+    with torch.no_grad():
+        y = fast(ids)
+        assert torch.isfinite(y).all() and torch.equal(fast(ids), y)
+
+
+def test_one_layer_of_a_model(x):
+    model = Stack(2)
+    fast = compiled(model)
+    with torch.no_grad():
+        y = fast(x)
+        freed = qcompile.release_weights(model.layers[0])
+        assert freed == 2 * 48 * 32 * 4 and not is_released(model.layers[1].up.weight)
+        assert torch.equal(fast(x), y)
+
+
+def test_two_recipes_then_release(x):
+    model = Net()
+    eight, four = compiled(model), compiled(model, recipe="NF4")
+    with torch.no_grad():
+        a, b = eight(x), four(x)
+        qcompile.release_weights(model)
+        assert torch.equal(eight(x), a) and torch.equal(four(x), b)
+
+
+def test_before_packing_is_an_error(x):
+    with pytest.raises(WeightError, match=r"packed yet.*call it once"):
+        qcompile.release_weights(Net())
+    with pytest.raises(WeightError, match="packed yet"):
+        qcompile.release_weights(nn.ReLU())
+
+
+def test_through_inductor(x):
+    model = Net()
+    fast = torch.compile(model, backend="qcompile", options={"release": True})
+    with torch.no_grad():
+        y = fast(x)
+        assert is_released(model.up.weight)
+        assert torch.equal(fast(x), y) and close(y, rounded(copy.deepcopy(model))(x), 3e-2)
+
+
+def test_compiled_module_itself(x):
+    """release_weights and refresh take what torch.compile returned, too."""
+    model = Net()
+    fast = compiled(model)
+    with torch.no_grad():
+        y = fast(x)
+        assert qcompile.refresh(fast) == 2 and torch.equal(fast(x), y)
+        assert qcompile.release_weights(fast) > 0 and torch.equal(fast(x), y)
