@@ -66,7 +66,7 @@ def _grouped(node: fx.Node) -> Experts | Skip:
     value = example(x)
     if ends is None or not isinstance(x, fx.Node) or value is None or value.dim() != 2:
         return Skip("a grouped product without sorted rows")
-    return Experts(x, parameter, "" if transposed else "t", ends, "sorted")
+    return Experts(x, parameter, "" if transposed else "t", ends, "sorted")  # type: ignore[arg-type]
 
 
 def _batched(node: fx.Node) -> Experts | Skip | None:

@@ -42,7 +42,7 @@ def _sink(graph: fx.Graph, view: fx.Node) -> None:
             continue
         with graph.inserting_before(node):
             args = [_two_dimensional(graph, a, flat, shape) for a in node.args]
-            new = graph.call_function(node.target, tuple(args), node.kwargs)
+            new = graph.call_function(node.target, tuple(args), node.kwargs)  # type: ignore[arg-type]
         new.meta = {**node.meta, "val": _value(node).reshape(-1, shape[-1])}
         flat[node] = new
         front = sorted({*front, *node.users}, key=order.__getitem__)

@@ -7,6 +7,7 @@ Each rule is pattern, check, rewrite; a check that refuses gives its reason, whi
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +50,7 @@ def parameter_of(node: Any) -> fx.Node | Skip:
         if node.op == "placeholder" or is_element(node):
             known = node.op != "placeholder" or "param" in node.meta
             return node if known else Skip("the second factor is not a parameter")
-        if node.target in CASTS or (node.target is getattr and node.args[1] == "data"):
-            node = node.args[0]
-        elif is_transpose(node):
+        if node.target in CASTS or (node.target is getattr and node.args[1] == "data") or is_transpose(node):
             node = node.args[0]
         else:
             break
@@ -135,7 +134,7 @@ def _other(graph: fx.Graph, node: fx.Node) -> Skip | None:
     return Skip(f"{getattr(node.target, '__name__', node.target)} is no linear layer") if _parameters(node) else None
 
 
-RULES = (
+RULES: tuple[tuple[Callable[[fx.Node], bool], Callable[[fx.Graph, fx.Node], Skip | None]], ...] = (
     (lambda n: n.target is LINEAR, _linear),
     (lambda n: n.target in (torch.addmm, "addmm"), _addmm),
     (lambda n: n.target in MATMULS, _matmul),

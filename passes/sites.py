@@ -95,7 +95,7 @@ def is_transpose(node: fx.Node) -> bool:
         return sorted(int(d) % value.dim() for d in node.args[1:3]) == [value.dim() - 2, value.dim() - 1]
     if node.target in ("permute", torch.permute):
         order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        return value.dim() == 2 and [int(d) % 2 for d in order] == [1, 0]
+        return value.dim() == 2 and [int(d) % 2 for d in order] == [1, 0]  # type: ignore[arg-type]
     return False
 
 

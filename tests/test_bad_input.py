@@ -174,6 +174,7 @@ def test_hardware_that_is_not_there(x):
 
 def test_weights_that_are_integers():
     """What is quantized already is left alone."""
+
     class Codes(nn.Module):
         def __init__(self):
             super().__init__()

@@ -85,5 +85,7 @@ def test_no_compiler(tmp_path):
 @pytest.mark.parametrize("folder", [ROOT])
 def test_from_the_repository_s_root(folder):
     """A folder ``kernels`` lies there, which transformers probes for under that name."""
-    out = python(f"import os; os.chdir({str(folder)!r}); import sys; sys.path.insert(0, ''); import kernels, passes, qcompile, transformers; print(qcompile.__version__, hasattr(kernels, 'OPS'))")
+    out = python(
+        f"import os; os.chdir({str(folder)!r}); import sys; sys.path.insert(0, ''); import kernels, passes, qcompile, transformers; print(qcompile.__version__, hasattr(kernels, 'OPS'))"
+    )
     assert out.split()[-1] == "False"

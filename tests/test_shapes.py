@@ -227,7 +227,9 @@ def test_in_place_on_input_and_buffer():
         assert close(model.total, twin.total, 0.05)
 
 
-@pytest.mark.parametrize(("k", "scheme"), [(100, "int4.g128"), (129, "int4.g64"), (48, "int4.g32"), (33, "nf4.g64"), (17, "uint4.g16.point"), (40, "int8.g16"), (50, "e4m3.b32x32")])
+@pytest.mark.parametrize(
+    ("k", "scheme"), [(100, "int4.g128"), (129, "int4.g64"), (48, "int4.g32"), (33, "nf4.g64"), (17, "uint4.g16.point"), (40, "int8.g16"), (50, "e4m3.b32x32")]
+)
 @pytest.mark.parametrize("lower", ["eager", "inductor"])
 def test_ragged_groups(k, scheme, lower):
     model = nn.Sequential(nn.Linear(k, 24))

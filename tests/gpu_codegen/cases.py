@@ -20,16 +20,6 @@ def quantize_rows(x: T) -> tuple[T, T]:
     return torch.clamp(torch.round(x / scale), -128, 127).to(torch.int8), scale
 
 
-def norm_quantize(m: int = 64, k: int = 4096, dynamic: bool = False, config: dict[str, Any] | None = None) -> Generated:
-    """Residual add, RMSNorm and dynamic per-row quantization."""
-
-    def fn(x: T, residual: T, weight: T) -> tuple[T, T, T]:
-        total = x + residual
-        return total, *quantize_rows(F.rms_norm(total.float(), (k,), eps=1e-6) * weight.float())
-
-    return codegen(fn, lambda: (cuda(m, k), cuda(m, k), cuda(k)), config, dynamic)
-
-
 def swiglu_quantize(m: int = 64, k: int = 11008, dynamic: bool = False, config: dict[str, Any] | None = None) -> Generated:
     """silu(gate) * up and dynamic per-row quantization."""
     return codegen(lambda gate, up: quantize_rows(F.silu(gate) * up), lambda: (cuda(m, k), cuda(m, k)), config, dynamic)

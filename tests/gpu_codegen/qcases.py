@@ -123,6 +123,7 @@ def static_models() -> Parts:
 def recipes() -> Parts:
     """A decoder layer of Llama under every recipe."""
     import transformers
+
     from qcompile.core.recipe import RECIPES
 
     config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=1, hidden_size=128, num_attention_heads=2, intermediate_size=512, num_key_value_heads=2)

@@ -32,7 +32,16 @@ def isolated(fn_name: str, cases: Path | str = HERE / "cases.py", compile: bool 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, str(HERE / "run_case.py"), fn_name, str(cases), str(out), "--kwargs", json.dumps(kwargs), *(["--compile", "triton" if compile is True else compile] if compile else [])]
+        command = [
+            sys.executable,
+            str(HERE / "run_case.py"),
+            fn_name,
+            str(cases),
+            str(out),
+            "--kwargs",
+            json.dumps(kwargs),
+            *(["--compile", "triton" if compile is True else compile] if compile else []),
+        ]
         try:
             child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False)
         except subprocess.TimeoutExpired as error:

@@ -182,7 +182,9 @@ def between(part: Part, first: str, last: str) -> str:
 
 @pytest.mark.slow
 def test_graph_of_opt(qcase: QCase) -> None:
-    assert_expected_inline(between(qcase("static_models", compile=False)["opt"], r"fc1: ", r"fc2: "), """\
+    assert_expected_inline(
+        between(qcase("static_models", compile=False)["opt"], r"fc1: ", r"fc2: "),
+        """\
 scaled_linear_default_4 = qcompile.scaled_linear(getitem_2, [fc1.range], [fc1.codes, fc1.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc1: int8.tensor.static @ int8.row
 add_8 = add(scaled_linear_default_4, %model.decoder.layers.0.fc1.bias)
 hidden_states_6 = add_8.to(bfloat16)
@@ -191,12 +193,15 @@ quantize_default_3 = qcompile.quantize(hidden_states_7, [fc2.range], 'int8.tenso
 getitem_3 = getitem(quantize_default_3, 0)
 scaled_linear_default_5 = qcompile.scaled_linear(getitem_3, [fc2.range], [fc2.codes, fc2.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc2: int8.tensor.static @ int8.row
 add_9 = add(scaled_linear_default_5, %model.decoder.layers.0.fc2.bias)
-hidden_states_8 = add_9.to(bfloat16)""")
+hidden_states_8 = add_9.to(bfloat16)""",
+    )
 
 
 @pytest.mark.slow
 def test_graph_of_gpt2(qcase: QCase) -> None:
-    assert_expected_inline(between(qcase("static_models", compile=False)["gpt2"], r"mlp\.c_fc: ", r"mlp\.c_proj: "), """\
+    assert_expected_inline(
+        between(qcase("static_models", compile=False)["gpt2"], r"mlp\.c_fc: ", r"mlp\.c_proj: "),
+        """\
 scaled_linear_default_2 = qcompile.scaled_linear(getitem_11, [c_fc.range], [c_fc.codes, c_fc.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_fc: int8.tensor.static @ int8.row
 add_8 = add(scaled_linear_default_2, %transformer.h.0.mlp.c_fc.bias)
 x_4 = add_8.to(bfloat16)
@@ -214,12 +219,15 @@ quantize_default_3 = qcompile.quantize(view_10, [c_proj.range], 'int8.tensor.sta
 getitem_12 = getitem(quantize_default_3, 0)
 scaled_linear_default_3 = qcompile.scaled_linear(getitem_12, [c_proj.range], [c_proj.codes, c_proj.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_proj: int8.tensor.static @ int8.row
 add_9 = add(scaled_linear_default_3, %transformer.h.0.mlp.c_proj.bias)
-x_6 = add_9.to(bfloat16)""")
+x_6 = add_9.to(bfloat16)""",
+    )
 
 
 @pytest.mark.slow
 def test_graph_of_bert(qcase: QCase) -> None:
-    assert_expected_inline(between(qcase("static_models", compile=False)["bert"], r"intermediate\.dense: ", r"0\.output\.dense: "), """\
+    assert_expected_inline(
+        between(qcase("static_models", compile=False)["bert"], r"intermediate\.dense: ", r"0\.output\.dense: "),
+        """\
 scaled_linear_default_4 = qcompile.scaled_linear(getitem_2, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.intermediate.dense: int8.tensor.static @ int8.row
 add_7 = add(scaled_linear_default_4, %bert.encoder.layer.0.intermediate.dense.bias)
 hidden_states_3 = add_7.to(bfloat16)
@@ -228,4 +236,5 @@ quantize_default_3 = qcompile.quantize(hidden_states_4, [dense.range], 'int8.ten
 getitem_3 = getitem(quantize_default_3, 0)
 scaled_linear_default_5 = qcompile.scaled_linear(getitem_3, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.output.dense: int8.tensor.static @ int8.row
 add_8 = add(scaled_linear_default_5, %bert.encoder.layer.0.output.dense.bias)
-hidden_states_5 = add_8.to(bfloat16)""")
+hidden_states_5 = add_8.to(bfloat16)""",
+    )

@@ -1,6 +1,5 @@
 """What Inductor generates for an H200, checked without one: how many kernels, which of them are extern, and that each compiles for sm_90 without spilling."""
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +18,6 @@ def compiles(result: dict[str, Any]) -> None:
 
 def names(result: dict[str, Any]) -> list[str]:
     return [kernel["name"] for kernel in result["kernels"]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_norm_and_quantization_are_one_kernel(isolated: Isolated, dynamic: bool) -> None:
-    result = isolated("norm_quantize", dynamic=dynamic)
-    assert len(result["calls"]) == 1 and result["externs"] == [], result["calls"]
-    kernel = result["kernels"][0]
-    assert len(re.findall(r"tl\.store\(", kernel["source"])) == 3  # residual stream, codes, scales
-    assert kernel["ptx"]["st.global"] >= 3
-    compiles(result)
 
 
 def test_swiglu_and_quantization_are_one_kernel(isolated: Isolated) -> None:
@@ -72,7 +60,7 @@ def test_graph_with_our_decompositions_and_pass(isolated: Isolated, decompose: b
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "matmuls"),
-    [("gpt2", {"addmm": 4, "mm": 1}), ("opt", {"addmm": 6, "mm": 1}), ("bert", {"addmm": 8}), ("llama", {"mm": 8})],
+    [("opt", {"addmm": 6, "mm": 1}), ("llama", {"mm": 8})],
 )
 def test_transformers(isolated: Isolated, model: str, matmuls: dict[str, int]) -> None:
     """One layer and the head of a real model, unquantized: one graph, each linear one extern call, fused attention, nothing left on the CPU."""
@@ -82,20 +70,6 @@ def test_transformers(isolated: Isolated, model: str, matmuls: dict[str, int]) -
     assert result["graphs"] == 1 and len(attention) == 1
     assert {name: n for name, n in externs.items() if name not in attention} == matmuls
     assert "async_compile.cpp" not in result["source"] and "empty_strided_cpu(" not in result["source"]
-
-
-@pytest.mark.slow
-def test_backend_can_see_cuda_itself(isolated: Isolated) -> None:
-    """Retargeting before the backend gives the same code as retargeting behind it."""
-    before, behind = (isolated("transformer", name="opt", compile=False, values=values) for values in (False, True))
-    assert before["calls"] == behind["calls"]
-
-
-@pytest.mark.slow
-def test_transformer_with_dynamic_shapes(isolated: Isolated) -> None:
-    result = isolated("transformer", name="llama", dynamic=True, compile=True)
-    assert result["graphs"] == 1 and re.search(r"\bs\d+\b", result["source"])
-    compiles(result)
 
 
 def test_a_failing_case_shows_its_output(isolated: Isolated) -> None:

@@ -117,7 +117,6 @@ def test_opcheck(name, make):
     torch.library.opcheck(target(name), args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[int(fp8) :])
 
 
-@pytest.mark.xfail(reason="kernels/quantize.py: codes keep the strides of x, which its shape rule does not", strict=False)
 @pytest.mark.parametrize("spelling", ["int8.row", "int8.tensor"])
 def test_opcheck_of_rows_that_are_not_contiguous(spelling):
     torch.library.opcheck(target("quantize"), (torch.randn(2, 96, 4).mT, [], spelling), test_utils=("test_faketensor",))

@@ -94,24 +94,30 @@ def test_step_diff():
     gm, _ = captured(Model(), X)
     steps: list[Step] = []
     run([PASSES[name] for name in FOUND], gm, None, steps)
-    assert_expected_inline(steps[0].diff(), """\
+    assert_expected_inline(
+        steps[0].diff(),
+        """\
 -matmul = matmul(l_x_, %w)
 +t = %w.t()
-+matmul = linear(l_x_, t, None)""")
++matmul = linear(l_x_, t, None)""",
+    )
     assert steps[0].changed == 3 and steps[1].note == "2 linears"
     assert str(steps[1]).startswith("01 find_sites")
     assert Step(0, "none", "a", "a", 0.0).diff() == "" and Step(0, "none", "a", "a", 0.0).changed == 0
 
 
 def test_text():
-    assert_expected_inline(texts(MATCHED, Model(), X), """\
+    assert_expected_inline(
+        texts(MATCHED, Model(), X),
+        """\
 inputs: l_x_: float32[4, 64]
 t = %w.t()
 matmul = linear(l_x_, t, None)  # w: int8.row @ int8.row
 relu = relu(matmul)
 linear = linear(relu, %fc.weight, %fc.bias)  # fc: int8.row @ int8.row
 getitem = getitem(linear, (Ellipsis, 1:8:2))
-return (getitem,)""")
+return (getitem,)""",
+    )
 
 
 def test_text_is_stable():
@@ -128,12 +134,15 @@ def test_text_of_arguments():
     b = graph.call_method("to", (a, torch.float16), {"copy": True})
     c = graph.call_function(torch.ops.aten.add.Tensor, (b, 1.5))
     graph.output([c, (b,)])
-    assert_expected_inline(text(fx.GraphModule(nn.Module(), graph)), """\
+    assert_expected_inline(
+        text(fx.GraphModule(nn.Module(), graph)),
+        """\
 inputs: x: float32[2, 3]
 getitem = getitem(x, (1::2, None, Ellipsis))
 to = getitem.to(float16, copy=True)
 add_tensor = aten.add.Tensor(to, 1.5)
-return [add_tensor, (to,)]""")
+return [add_tensor, (to,)]""",
+    )
 
 
 def test_a_pass_is_a_value():

@@ -35,35 +35,44 @@ def decisions(recipe) -> str:
 
 
 def test_a_preset():
-    assert_expected_inline(decisions("W8A8"), """\
+    assert_expected_inline(
+        decisions("W8A8"),
+        """\
 block.0: int8.row @ int8.row (W8A8)
 block.2: int8.row @ int8.row (W8A8)
 lm_head: no: the head keeps 16 bits unless `head` names a scheme ()
 gate: no: a router keeps 16 bits: its output chooses experts ()
 narrow: no: 8 x 64 is smaller than 16 ()
-unused: []""")
+unused: []""",
+    )
 
 
 def test_first_rule_wins_and_unused_rules_are_listed():
     rules = (Rule("block.0", "int4.g32"), Rule("re:block", "int8.row", "int8.row"), Rule("Linear"), Rule("re:.*mlp", "int8.row"), Rule("block.2"))
-    assert_expected_inline(decisions(Recipe("mine", "int8.row", None, rules)), """\
+    assert_expected_inline(
+        decisions(Recipe("mine", "int8.row", None, rules)),
+        """\
 block.0: int4.g32 (rule 'block.0')
 block.2: int8.row @ int8.row (rule 're:block')
 lm_head: no: rule 'Linear' keeps 16 bits ()
 gate: no: rule 'Linear' keeps 16 bits ()
 narrow: no: rule 'Linear' keeps 16 bits ()
-unused: ['re:.*mlp', 'block.2']""")
+unused: ['re:.*mlp', 'block.2']""",
+    )
 
 
 def test_rules_reach_what_is_kept_otherwise():
     rules = (Rule("gate", "int8.row"), Rule("narrow", "int8.row"), Rule("lm_head", "int4.g32"))
-    assert_expected_inline(decisions(Recipe("mine", "16bit", None, rules)), """\
+    assert_expected_inline(
+        decisions(Recipe("mine", "16bit", None, rules)),
+        """\
 block.0: no: recipe mine keeps 16 bits ()
 block.2: no: recipe mine keeps 16 bits ()
 lm_head: int4.g32 (rule 'lm_head')
 gate: int8.row (rule 'gate')
 narrow: int8.row (rule 'narrow')
-unused: []""")
+unused: []""",
+    )
 
 
 def test_a_scheme_for_the_head():

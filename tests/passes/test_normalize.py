@@ -60,7 +60,9 @@ def test_texts():
         c = x @ w.transpose(0, 1).T
         return a, c, F.linear(input=x, weight=w.t(), bias=b)
 
-    assert_expected_inline(texts(("normalize",), Weight(fn, 64, 32), X), """\
+    assert_expected_inline(
+        texts(("normalize",), Weight(fn, 64, 32), X),
+        """\
 inputs: l_x_: float32[4, 64]
 t_1 = %w.t()
 a = linear(l_x_, t_1, %b)
@@ -69,7 +71,8 @@ getattr_1 = getattr(transpose, 'T')
 c = linear(l_x_, transpose, None)
 t = %w.t()
 linear = linear(l_x_, t, %b)
-return (a, c, linear)""")
+return (a, c, linear)""",
+    )
 
 
 def test_convolutions_with_a_kernel_of_one():
@@ -84,7 +87,9 @@ def test_convolutions_with_a_kernel_of_one():
     gm, args = captured(Convolutions(), torch.randn(2, 64, 5))
     after = run([PASSES["normalize"]], gm)
     torch.testing.assert_close(outputs(after, args), outputs(gm, args))  # another order of sums than a convolution's
-    assert_expected_inline(texts(("normalize",), Convolutions(), torch.randn(2, 64, 5)), """\
+    assert_expected_inline(
+        texts(("normalize",), Convolutions(), torch.randn(2, 64, 5)),
+        """\
 inputs: l_x_: float32[2, 64, 5]
 movedim = l_x_.movedim(1, -1)
 flatten = %one.weight.flatten(1)
@@ -95,7 +100,8 @@ movedim_2 = unsqueeze.movedim(1, -1)
 flatten_1 = %two.weight.flatten(1)
 linear_1 = linear(movedim_2, flatten_1, None)
 conv2d = linear_1.movedim(-1, 1)
-return (conv2d,)""")
+return (conv2d,)""",
+    )
 
 
 REFUSED = {
@@ -112,7 +118,9 @@ REFUSED = {
 
 def test_refusals_have_reasons():
     lines = [f"{name}: {'; '.join(refusals(through(('normalize',), Weight(fn), X))) or 'none'}" for name, fn in REFUSED.items()]
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 beta: w (32, 64): addmm with beta or alpha other than 1
 matrix bias: w (32, 64): addmm whose first argument is not a bias vector
 first factor: w (32, 64): the parameter is the first factor of the product
@@ -120,7 +128,8 @@ computed: w (32, 64): the weight is computed in the graph (mul)
 einsum: w (32, 64): einsum is no linear layer
 kernel of three: w (32, 64): a convolution whose weight is computed in the graph
 stride: w (32, 64): a convolution whose weight is computed in the graph
-bmm: w (32, 64): bmm is no linear layer""")
+bmm: w (32, 64): bmm is no linear layer""",
+    )
 
 
 def test_refusals_of_convolutions():
@@ -132,10 +141,13 @@ def test_refusals_of_convolutions():
         def forward(self, x):
             return self.grouped(self.strided(self.wide(x)))
 
-    assert_expected_inline("\n".join(refusals(through(("normalize",), Convolutions(), torch.randn(2, 64, 6)))), """\
+    assert_expected_inline(
+        "\n".join(refusals(through(("normalize",), Convolutions(), torch.randn(2, 64, 6)))),
+        """\
 wide.weight (64, 64, 3): a convolution with a kernel of 3
 strided.weight (64, 64, 1): a convolution with stride, padding, dilation or groups
-grouped.weight (64, 32, 1): a convolution with stride, padding, dilation or groups""")
+grouped.weight (64, 32, 1): a convolution with stride, padding, dilation or groups""",
+    )
 
 
 def test_products_of_activations_are_left_alone():

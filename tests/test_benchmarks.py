@@ -1,0 +1,47 @@
+"""`benchmarks/run.py --quick` runs, checks before it times, and writes the keys that the committed results have."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MACHINE = {"quick", "versions", "cpu", "flags", "threads", "load_before"}
+ROW = {"recipe", "m", "n", "k", "kernel", "error", "rounding", "right", "fp32_ms", "ms", "ratio", "goal", "met"}
+OVERHEAD = {"error", "right", "inductor_ms", "ignoring_ms", "W8A8_ms", "check_ms", "check_share", "parameters", "ratio", "goal", "met"}
+COMPILE = {"right", "fp32_cold", "fp32_warm", "W8A8_cold", "W8A8_warm", "cold_ratio", "warm_beyond", "cold_met", "warm_met"}
+
+
+def run(tmp_path: pathlib.Path, *parts: str) -> dict:
+    path = tmp_path / "run.json"
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "run.py"), "cpu", "--quick", "--json", str(path), "--parts", *parts], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
+
+
+def test_linear_and_overhead(tmp_path):
+    pytest.importorskip("transformers")
+    report = run(tmp_path, "linear", "overhead")
+    assert set(report) >= MACHINE
+    assert all(set(row) >= ROW and row["right"] and row["ms"] > 0 for row in report["linear"])
+    assert {row["recipe"] for row in report["linear"]} == {"W8A8", "NF4"}
+    assert set(report["overhead"]) >= OVERHEAD and report["overhead"]["parameters"] == 4
+
+
+@pytest.mark.slow
+def test_compile_time(tmp_path):
+    """A second process finds the first one's code in Inductor's caches: `right` says so."""
+    pytest.importorskip("transformers")
+    report = run(tmp_path, "compile")
+    assert set(report["compile"]) >= COMPILE and report["compile"]["right"]
+
+
+def test_committed_results_have_no_paths():
+    path = ROOT / "benchmarks" / "results" / "cpu" / "run.json"
+    text = path.read_text()
+    assert set(json.loads(text)) >= MACHINE | {"linear", "overhead", "compile"}
+    assert not any(part in text for part in ("/work", "/home", "/tmp", "/root"))
