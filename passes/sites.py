@@ -92,7 +92,7 @@ def is_transpose(node: fx.Node) -> bool:
     if node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT")):
         return value.dim() == 2 or node.args[1:] == ("mT",)
     if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes):
-        return sorted(int(d) % value.dim() for d in node.args[1:3]) == [value.dim() - 2, value.dim() - 1]
+        return sorted(int(d) % value.dim() for d in node.args[1:3]) == [value.dim() - 2, value.dim() - 1]  # type: ignore[arg-type]
     if node.target in ("permute", torch.permute):
         order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
         return value.dim() == 2 and [int(d) % 2 for d in order] == [1, 0]  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from .errors import OptionError, unknown
@@ -69,6 +70,10 @@ class Scheme:
             return spelling
         if not isinstance(spelling, str):
             raise OptionError(f"a scheme is a string such as 'int4.g128', not {spelling!r}")
+        return _parse(spelling)
+
+    @classmethod
+    def _read(cls, spelling: str) -> Scheme:
         head, slash, tail = spelling.strip().lower().partition("/")
         name, *parts = head.split(".")
         fmt = find(name, where=f"scheme {spelling!r}")
@@ -105,6 +110,11 @@ class Scheme:
         zero = {"none": 0.0, "point": 8.0, "min": meta}[self.zero]
         stored = 8 * LAYOUTS[self.packing].row_bytes(shape[-1], self.fmt.bits) / max(shape[-1], 1)
         return stored + (meta + zero) * math.prod(grid) / max(math.prod(shape), 1)
+
+
+@lru_cache(1024)  # ops parse their scheme on every call
+def _parse(spelling: str) -> Scheme:
+    return Scheme._read(spelling)
 
 
 def _part(part: str, spelling: str) -> tuple[str, dict[str, Any]]:

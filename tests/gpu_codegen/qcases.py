@@ -115,8 +115,7 @@ def static_models() -> Parts:
     parts: Parts = {}
     for name in ("gpt2", "opt", "bert"):
         torch._dynamo.reset()
-        first = {"inductor": {"epilogue_fusion_first": True}} if name == "opt" else {}
-        parts.update(quantized(*transformer(name), {name: {"recipe": "W8A8_STATIC", **first}}))
+        parts.update(quantized(*transformer(name), {name: {"recipe": "W8A8_STATIC"}}))
     return parts
 
 
