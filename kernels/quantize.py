@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.core.formats import encode
-from qcompile.core.qtensor import tile, untile
+from qcompile.core.qtensor import tile
 from qcompile.core.ranges import RANGES
 from qcompile.core.scheme import GROUPS, Scheme
 
@@ -42,13 +42,17 @@ def reference(x: Tensor, range: Sequence[Tensor], scheme: str) -> list[Tensor]:
 
 
 def _grouped(y: Tensor, s: Scheme) -> list[Tensor]:
+    """One range for each group of columns of each row; the codes are taken by index, not by padding and cutting (see ``spread``)."""
     k = y.shape[-1]
     flat = y.reshape(-1, k)
-    t = tile(flat, s.extent(flat.shape[0], k))
-    scale, zero = RANGES["absmax"](t, s, (-3, -1))
-    codes = untile(encode(t / scale if zero is None else t / scale + zero, s.fmt), flat.shape[0], k)
+    group = s.extent(1, k)
+    scale, zero = (None if p is None else p[:, 0, :, 0] for p in RANGES["absmax"](tile(flat, group), s, (-3, -1)))
+    assert scale is not None
+    columns = torch.arange(k, device=y.device) // group[1]
+    z = flat / scale.index_select(1, columns)
+    codes = encode(z if zero is None else z + zero.index_select(1, columns), s.fmt)
     lead = y.shape[:-1]
-    return [codes.reshape(y.shape), *(p[:, 0, :, 0].reshape(*lead, -1) for p in (scale, zero) if p is not None)]
+    return [codes.reshape(y.shape), *(p.reshape(*lead, -1) for p in (scale, zero) if p is not None)]
 
 
 def fake(x: Tensor, range: Sequence[Tensor], scheme: str) -> list[Tensor]:

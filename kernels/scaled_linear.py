@@ -16,7 +16,7 @@ from qcompile import compat
 from qcompile.core.errors import OptionError, Skip
 from qcompile.core.formats import decode
 from qcompile.core.layouts import BLOCK
-from qcompile.core.qtensor import QTensor, dequantize, tile, untile
+from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.scheme import GROUPS, Scheme
 
 from . import tiles
@@ -47,9 +47,9 @@ def values(codes: Tensor, x_scale: Sequence[Tensor], s: Scheme) -> Tensor:
     if s.group in GROUPS.values():
         return (y if zero is None else y - zero) * scale
     k = codes.shape[-1]
-    flat = tile(y.reshape(-1, k), s.extent(1, k))
-    by = scale.reshape(-1, scale.shape[-1])[:, None, :, None]
-    return untile((flat if zero is None else flat - zero.reshape(-1, zero.shape[-1])[:, None, :, None]) * by, flat.shape[0], k).reshape(codes.shape)
+    columns = torch.arange(k, device=codes.device) // s.extent(1, k)[1]
+    by_group = scale.index_select(-1, columns)
+    return (y if zero is None else y - zero.index_select(-1, columns)) * by_group
 
 
 def reference(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str) -> Tensor:

@@ -199,7 +199,11 @@ class CompiledGraph:
                 if other != self.signature:
                     return self._variant(other, key, args, names)
                 self.calibrate(self.planned, [s for s in self.sites.values() if is_static(self.plan[s.name])], args)
-            binding = Binding(parameters, self._fetch, lambda: self._bindings.pop(key, None) and None)
+
+            def forget() -> None:
+                self._bindings.pop(key, None)
+
+            binding = Binding(parameters, self._fetch, forget)
             binding.get(parameters)
             self._bindings[key] = binding
         return self

@@ -59,7 +59,7 @@ def is_released(p: object) -> bool:
 def restored(p: Tensor) -> Tensor:
     """The value of a released parameter, dequantized, in its own dtype and shape; any other parameter as it is."""
     record = TABLE.get(p)
-    if record is None or not is_released(p):
+    if record is None or record.released is None or not is_released(p):
         return p
     (_, how, _), entry = next(iter(record.entries.items()))
     value = dequantize(entry.qtensor(), record.released)

@@ -152,16 +152,30 @@ def unpack(q: QTensor) -> Tensor:
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values, (..., N, K): ``q * s``, ``(q - z) * s`` or ``q * s - m``, computed in float32."""
     n, k = q.shape[-2:]
-    group = q.scheme.extent(n, k)
-    t = tile(decode(unpack(q), q.scheme.fmt), group)
-    s = value(q.scale)[..., :, None, :, None]
+    r, c = group = q.scheme.extent(n, k)
+    t = decode(unpack(q), q.scheme.fmt)
+    ragged = n % r != 0 or k % c != 0
+    if not ragged:
+        t = tile(t, group)
+
+    def by_element(part: Tensor | QTensor) -> Tensor:
+        return spread(value(part), group, n, k) if ragged else value(part)[..., :, None, :, None]
+
+    s = by_element(q.scale)
     if q.zero is None:
         t = t * s
     elif q.scheme.zero == "min":
-        t = t * s - value(q.zero)[..., :, None, :, None]
+        t = t * s - by_element(q.zero)
     else:
-        t = (t - value(q.zero)[..., :, None, :, None]) * s
-    return untile(t, n, k).to(dtype)
+        t = (t - by_element(q.zero)) * s
+    return (t if ragged else untile(t, n, k)).to(dtype)
+
+
+def spread(part: Tensor, group: tuple[int, int], n: int, k: int) -> Tensor:
+    """Scales or zeros (..., N/r, K/c) repeated for each element, (..., N, K), by index: padding and cutting a ragged last group is miscompiled by Inductor's C++ (seen in torch 2.13)."""
+    r, c = group
+    rows, columns = torch.arange(n, device=part.device) // r, torch.arange(k, device=part.device) // c
+    return part.index_select(-2, rows).index_select(-1, columns)
 
 
 def value(part: Tensor | QTensor) -> Tensor:
