@@ -10,6 +10,7 @@ from typing import Any
 from qcompile import compat
 from qcompile.core.errors import OptionError, unknown
 from qcompile.core.recipe import DEFAULT, Recipe, find_recipe
+from qcompile.core.scheme import Scheme
 from qcompile.passes import PASSES
 
 HELP = {
@@ -78,7 +79,7 @@ class Options:
         if wrong := [pattern for pattern in ignore if not isinstance(pattern, str)]:
             raise OptionError(f"option 'ignore' ({HELP['ignore']}) holds strings, not {wrong[0]!r}")
         alone = "recipe" not in given and weight is not None  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
-        recipe = Recipe("custom", str(weight)) if alone else find_recipe(given.get("recipe", DEFAULT))
+        recipe = Recipe("custom", str(Scheme.parse(weight))) if alone else find_recipe(given.get("recipe", DEFAULT))
         recipe = recipe.override(weight=weight, input=x, head=head, ignore=ignore)
         lower = given.get("lower", "inductor")
         if lower not in ("inductor", "eager"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
