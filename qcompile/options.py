@@ -78,8 +78,10 @@ class Options:
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         if wrong := [pattern for pattern in ignore if not isinstance(pattern, str)]:
             raise OptionError(f"option 'ignore' ({HELP['ignore']}) holds strings, not {wrong[0]!r}")
-        alone = "recipe" not in given and weight is not None  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
-        recipe = Recipe("custom", str(Scheme.parse(weight))) if alone else find_recipe(given.get("recipe", DEFAULT))
+        if weight is not None and "recipe" not in given:  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
+            recipe = Recipe("custom", str(Scheme.parse(weight)))
+        else:
+            recipe = find_recipe(given.get("recipe", DEFAULT))
         recipe = recipe.override(weight=weight, input=x, head=head, ignore=ignore)
         lower = given.get("lower", "inductor")
         if lower not in ("inductor", "eager"):

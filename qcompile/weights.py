@@ -201,7 +201,7 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
     parents: dict[int, tuple[nn.Module, str]] = {}
     for module in modules:
         for name, child in module._modules.items():
-            if child is not None and id(child) not in parents:
+            if child is not None and (id(child) not in parents or parents[id(child)][1] == "_orig_mod"):  # the model's own link before a wrapper's
                 parents[id(child)] = (module, name)
 
     def full_name(module: nn.Module) -> str:

@@ -50,7 +50,8 @@ def isa() -> str:
 
 
 @functools.cache
-def _integer() -> CDLL:
+def integer_library() -> CDLL:
+    """The int8 kernels, compiled at their first use."""
     library = load_cpp(_source("isa") + _source("integer"), (*_FLAGS[isa()], "-O3"))
     library.qc_int_linear.argtypes = [c_int, *[c_void_p] * 5, *[c_int64] * 4, c_int, c_int]
     library.qc_int_linear.restype = None
@@ -58,7 +59,8 @@ def _integer() -> CDLL:
 
 
 @functools.cache
-def _table() -> CDLL:
+def table_library() -> CDLL:
+    """The table kernels, compiled at their first use."""
     library = load_cpp(_source("isa") + _source("table"), _FLAGS[isa()])
     library.qc_table_linear.argtypes = [c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int]
     library.qc_dequantize.argtypes = [c_int, *[c_void_p] * 5, c_int, *[c_int64] * 3, c_int]
@@ -103,7 +105,7 @@ def _int_linear(bits: int, xq: Tensor, sx: Tensor, codes: Tensor, sw: Tensor, gr
     if group >= 1 << 17:
         raise ValueError(f"group={group}: a sum of 2**17 products of codes does not fit 32 bits")
     y = torch.empty((M, N), dtype=torch.float32)
-    _integer().qc_int_linear(bits, xq.data_ptr(), sx.data_ptr(), codes.data_ptr(), sw.data_ptr(), y.data_ptr(), M, N, K, group, torch.get_num_threads(), _WAYS[way])
+    integer_library().qc_int_linear(bits, xq.data_ptr(), sx.data_ptr(), codes.data_ptr(), sw.data_ptr(), y.data_ptr(), M, N, K, group, torch.get_num_threads(), _WAYS[way])
     return y
 
 
@@ -162,7 +164,7 @@ def table_linear(x: Tensor, codes: Tensor, table: Tensor | None, scale: Tensor, 
     y = torch.empty((M, N), dtype=torch.float32)
     values, threads = None if table is None else table.data_ptr(), torch.get_num_threads()
     if _FEW_ROWS[isa()] >= M:
-        _table().qc_table_linear(
+        table_library().qc_table_linear(
             kind, x.data_ptr(), codes.data_ptr(), values, scale.data_ptr(), None if offset is None else offset.data_ptr(), y.data_ptr(),
             M, N, K, group, threads,
         )  # fmt: skip
@@ -171,7 +173,7 @@ def table_linear(x: Tensor, codes: Tensor, table: Tensor | None, scale: Tensor, 
     w = torch.empty((min(rows, N), K), dtype=torch.float32)
     for n in range(0, N, rows):
         count = min(rows, N - n)
-        _table().qc_dequantize(
+        table_library().qc_dequantize(
             kind, codes.data_ptr() + n * width, values, scale.data_ptr() + n * G * 4, None if offset is None else offset.data_ptr() + n * G * 4,
             w.data_ptr(), 0, count, K, group, threads,
         )  # fmt: skip
@@ -196,7 +198,7 @@ def dequantize(
         raise ValueError(f"dequantize to {dtype}: float32 or bfloat16")
     kind, _, group, table, offset = _weight(codes, table, scale, offset, k, group)
     out = torch.empty((N, k), dtype=dtype)
-    _table().qc_dequantize(
+    table_library().qc_dequantize(
         kind, codes.data_ptr(), None if table is None else table.data_ptr(), scale.data_ptr(), None if offset is None else offset.data_ptr(),
         out.data_ptr(), dtype is torch.bfloat16, N, k, group, torch.get_num_threads(),
     )  # fmt: skip

@@ -8,8 +8,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 
 import torch
+
+_LOCK = threading.Lock()
+"""One compile at a time in a process: a thread builds ahead while Inductor works."""
 
 
 class NoCompiler(RuntimeError):
@@ -37,16 +41,21 @@ def load_cpp(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     if os.stat(folder).st_uid != os.getuid():
         raise NoCompiler(f"{folder} belongs to another user: set TORCHINDUCTOR_CACHE_DIR")
     library = os.path.join(folder, f"{key}.so")
-    if not os.path.exists(library):
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # same file system as the library, so that the rename is atomic
-            with open(f"{work}/source.cpp", "w") as file:
-                file.write(source)
-            for command in (
-                [cxx, *flags, "-c", f"{work}/source.cpp", "-o", f"{work}/source.o"],
-                [cxx, "-shared", f"{work}/source.o", openmp, "-lm", "-o", f"{work}/library.so"],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise NoCompiler(f"{' '.join(command)}\n{done.stderr[-4000:]}")
-            os.replace(f"{work}/library.so", library)
+    with _LOCK:
+        if not os.path.exists(library):
+            _compile(cxx, source, flags, openmp, folder, library)
     return ctypes.CDLL(library)
+
+
+def _compile(cxx: str, source: str, flags: tuple[str, ...], openmp: str, folder: str, library: str) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as work:  # same file system as the library, so that the rename is atomic
+        with open(f"{work}/source.cpp", "w") as file:
+            file.write(source)
+        for command in (
+            [cxx, *flags, "-c", f"{work}/source.cpp", "-o", f"{work}/source.o"],
+            [cxx, "-shared", f"{work}/source.o", openmp, "-lm", "-o", f"{work}/library.so"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise NoCompiler(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+        os.replace(f"{work}/library.so", library)

@@ -5,9 +5,11 @@ They take the packed tensors as they are stored; scales are widened to float32 o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,10 @@ from qcompile.core.errors import Skip
 from qcompile.core.formats import table
 from qcompile.core.scheme import Scheme
 
-from . import int4_int8_linear, int8_linear, table_linear
+from . import NoCompiler, int4_int8_linear, int8_linear, integer_library, table_library, table_linear
+
+if TYPE_CHECKING:
+    from qcompile.kernels.op import Case
 
 NAMESPACE = "qcompile_cpu"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -28,7 +33,28 @@ def define(name: str, schema: str, fn: Callable[..., Tensor], fake: Callable[...
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, fn, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return lambda case, *args: compat.fallback_kernel(getattr(getattr(torch.ops, NAMESPACE), name).default, *args)
+
+    def lower(case: Case, *args: Any) -> Any:
+        _build_ahead(case.input is not None)
+        return compat.fallback_kernel(getattr(getattr(torch.ops, NAMESPACE), name).default, *args)
+
+    return lower
+
+
+_AHEAD: set[bool] = set()
+
+
+def _build_ahead(integer_products: bool) -> None:
+    """Start compiling the C++ library that the graph will call, so that it is built beside Inductor's own kernels and not after them."""
+    if integer_products in _AHEAD:
+        return
+    _AHEAD.add(integer_products)
+
+    def build() -> None:
+        with contextlib.suppress(NoCompiler):  # said when the kernel is called
+            (integer_library if integer_products else table_library)()
+
+    threading.Thread(target=build, daemon=True, name="qcompile-g++").start()
 
 
 def weight_support(w: Scheme, k: int) -> Skip | None:

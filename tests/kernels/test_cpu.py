@@ -32,13 +32,13 @@ def force(monkeypatch, name):
     monkeypatch.setenv("QCOMPILE_CPU_ISA", name)
     clear()
     try:
-        cpu._integer(), cpu._table()
+        cpu.integer_library(), cpu.table_library()
     except cpu.NoCompiler as error:
         pytest.skip(str(error))
 
 
 def clear():
-    for cached in (cpu.isa, cpu._integer, cpu._table):
+    for cached in (cpu.isa, cpu.integer_library, cpu.table_library):
         cached.cache_clear()
 
 
