@@ -70,8 +70,7 @@ def _gpu_supports(c: Case) -> Skip | None:
     return linear.gpu_supports(c) if c.input is None else scaled_linear.gpu_supports(c)
 
 
-# A tile belongs to one expert. Programs count tiles expert by expert; the rows behind the last expert's end form one more group, which stores zeros.
-SORTED = """
+BEGIN = """
     M = {{size("X", 0)}}
     K = {{size("X", 1)}}
     N = {{size("W", 1)}}
@@ -79,6 +78,10 @@ SORTED = """
         return
     grid_n = (N + BLOCK_N - 1) // BLOCK_N
     pid_n = tl.program_id(0) % grid_n
+"""
+
+# A tile belongs to one expert. Programs count tiles expert by expert; the rows behind the last expert's end form one more group, which stores zeros.
+SORTED = """\
     number = tl.program_id(0) // grid_n
     e = tl.arange(0, EXPERTS_2)
     ends = tl.load(INDEX + tl.minimum(e, EXPERTS - 1))
@@ -98,14 +101,7 @@ SORTED = """
     rm = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
 """
 
-BY_ROW = """
-    M = {{size("X", 0)}}
-    K = {{size("X", 1)}}
-    N = {{size("W", 1)}}
-    if M * N == 0:
-        return
-    grid_n = (N + BLOCK_N - 1) // BLOCK_N
-    pid_n = tl.program_id(0) % grid_n
+BY_ROW = """\
     row = tl.program_id(0) // grid_n
     end = row + 1
     expert = tl.load(INDEX + row).to(tl.int32)
@@ -146,7 +142,7 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequ
     dot = "" if c.input is not None else compat.triton_dtype(c.dtype)
     body = linear.loop(c.weight, c.n, c.k, dot) if c.input is None else scaled_linear.loop(c.input, c.weight, c.n, c.k)
     zero = '    Z = Z + expert.to(tl.int64) * {{stride("Z", 0)}}\n' if c.weight.zero != "none" else ""
-    header = (BY_ROW if by_row else SORTED).rstrip("\n") + COMMON + zero
+    header = (BEGIN + (BY_ROW if by_row else SORTED)).rstrip("\n") + COMMON + zero
     name = compat.template_name("grouped", "row" if by_row else "sorted", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
     rows = 16 if by_row or c.m is None or c.m <= 8 * c.experts else 64
     config = {"BLOCK_M": rows, "BLOCK_N": 64, "EXPERTS": c.experts, "EXPERTS_2": 1 << c.experts.bit_length(), "num_warps": 4, "num_stages": 3}
