@@ -19,6 +19,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.recipe import Choice
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import OPS
+from qcompile.kernels.linear import unnested
 from qcompile.kernels.op import Case, target
 from qcompile.kernels.scaled_linear import spell
 
@@ -173,10 +174,10 @@ class _Builder:
 
 
 def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
-    """The kernel that Inductor will use, by the same rule that the op applies when it is traced."""
+    """The kernel that Inductor will use, by the same rule that the op applies when it is traced: quantized scales have been widened by then."""
     op = OPS["grouped_linear" if site.experts > 1 else "linear" if choice.input is None else "scaled_linear"]
     dtype = value.dtype if choice.input is None else choice.input.fmt.dtype
-    kernel, reason = op.choose(Case(value.device, dtype, choice.weight, choice.input, site.n, site.k, site.m, site.experts))
+    kernel, reason = op.choose(Case(value.device, dtype, unnested(choice.weight), choice.input, site.n, site.k, site.m, site.experts))
     if kernel is not None:
         return kernel.name
     assert reason is not None
