@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile import compat
 from qcompile.kernels.op import NAMESPACE
 
 PRODUCTS = ("linear", "scaled_linear", "grouped_linear")
@@ -52,6 +53,6 @@ def _cast(product: fx.Node) -> fx.Node | None:
 def _pin(graph: fx.Graph, cast: fx.Node) -> None:
     value = cast.meta["val"]
     with graph.inserting_after(cast):
-        own = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (cast, [int(value.shape[1]), 1]))
+        own = graph.call_function(compat.force_stride_order(), (cast, [int(value.shape[1]), 1]))
     own.meta = dict(cast.meta)
     cast.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -68,8 +68,6 @@ class CompiledGraph:
         self._variants: dict[tuple[Any, ...], CompiledGraph] = {}
         self._served: dict[tuple[int, ...], CompiledGraph] = {}
         self._build(inputs)
-        for observer in _OBSERVERS:
-            observer.add(self)
 
     # --- building ----------------------------------------------------------------------------------------------------
 
@@ -132,7 +130,6 @@ class CompiledGraph:
                 gm.graph.erase_node(node)
             else:
                 kept.append(i)
-        self.still_read = replaced & set(kept)
         gm.recompile()
         return kept
 
@@ -225,8 +222,6 @@ class CompiledGraph:
         return out
 
     def _renamed(self, site: Site, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> Site:
-        from dataclasses import replace
-
         _, path, name = names.get(id(args[site.param.index]), (None, "", ""))
         full = f"{path}.{name}".strip(".") if not self.options.root else site.param.path
         path = full.removesuffix(".weight") or site.path
@@ -325,7 +320,6 @@ def _warn_once(key: Any, message: str) -> None:
 
 
 _COLLECTORS: list[Callable[[CompiledGraph, Sequence[Any]], None]] = []
-_OBSERVERS: list[set[CompiledGraph]] = []
 
 
 @contextlib.contextmanager

@@ -168,6 +168,13 @@ def graph_pass(fn: Callable[[fx.Graph], None], key: bytes) -> Any:
     return Pass()
 
 
+def force_stride_order() -> Any:
+    """Inductor's op that makes a value own its memory; it exists once Inductor's prims are imported."""
+    import torch._inductor.inductor_prims
+
+    return torch.ops.prims.inductor_force_stride_order.default
+
+
 def kernel_count() -> int:
     """Kernels that Inductor has generated in this process; restored on cache hits, so differences count either way."""
     from torch._inductor import metrics
@@ -224,11 +231,6 @@ def add_static_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor, like: 
 def mark_static(node: fx.Node) -> None:
     """Tell CUDA-graph trees that the address of this input rarely changes; they record anew when it does."""
     node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}
-
-
-def is_static_input(example: Any) -> bool:
-    """Dynamo holds this tensor for a buffer, parameter or tensor attribute of a module."""
-    return getattr(example, "_dynamo_static_input_type", None) is not None
 
 
 def source_name(node: fx.Node) -> str:
