@@ -120,3 +120,21 @@ def _strip(node: Any) -> tuple[Any, bool]:
         else:
             break
     return node, transposed
+
+
+def rows(product: Experts, x: torch.Tensor, index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows (S, K), the expert of each row (S,)) of a product whose input is ``x``; ``index`` is the value of its index node."""
+    if product.form == "dense":  # (E, T, K)
+        return x.flatten(0, 1), torch.arange(x.shape[0], device=x.device).repeat_interleave(x.shape[1])
+    assert index is not None
+    if product.form == "sorted":
+        return x, torch.bucketize(torch.arange(x.shape[0], device=x.device), index.to(torch.int64), right=True)
+    return x.squeeze(-1 if product.form == "weight_first" else 1), index
+
+
+def shaped(product: Experts, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rows (S, N) of the result in the shape that the node had."""
+    if product.form == "dense":
+        dense: torch.Tensor = y.unflatten(0, (x.shape[0], -1))
+        return dense
+    return y if product.form == "sorted" else y.unsqueeze(-1 if product.form == "weight_first" else 1)

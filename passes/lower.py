@@ -7,41 +7,22 @@ the product is plain torch, which Inductor fuses into the product's store.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qcompile import compat
 from qcompile.core.errors import Skip
 from qcompile.core.recipe import Choice
-from qcompile.core.scheme import Scheme
 from qcompile.kernels import OPS
 from qcompile.kernels.linear import unnested
 from qcompile.kernels.op import Case, target
 from qcompile.kernels.scaled_linear import spell
 
-from . import experts
+from . import experts, outliers
 from .infra import graph_pass
 from .sites import CASTS, Site, example, is_transpose
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One entry of the weight table that a compiled graph reads on each call: a packed weight, or (``what="range"``) the static scale of a site's input."""
-
-    what: str
-    arg: int
-    view: str
-    scheme: Scheme
-    site: str
-    path: str
-
-
-_PARTS = {"weight": ["codes", "scale", *(f"part{i}" for i in range(2, 9))], "range": ["range"]}
-"""Names of the placeholders of a slot, behind the name of its parameter."""
+from .slots import leader, slot_inputs, slot_of, slots_of
 
 
 @graph_pass(after=("match",))
@@ -53,7 +34,7 @@ def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
         if isinstance(choice, Choice):
             builder.rewrite(node, gm.meta["sites"][node.meta["site"]], choice)
     _erase_unused_views(gm.graph)
-    gm.meta["slots"] = builder.slots
+    gm.meta["slots"] = slots_of(gm)
     gm.meta["kernels"] = builder.kernels
     gm.meta["note"] = f"{len(builder.kernels)} linears lowered, {sum(isinstance(k, Skip) for k in builder.kernels.values())} without a kernel"
     return gm
@@ -64,15 +45,14 @@ class _Builder:
 
     def __init__(self, gm: fx.GraphModule, context: Any) -> None:
         self.gm, self.context = gm, context
-        self.slots: list[Slot] = []
         self.kernels: dict[str, str | Skip] = {}
-        self._inputs: dict[tuple[int, str, str], list[fx.Node]] = {}
         self._quantized: dict[tuple[fx.Node, str, str], list[fx.Node]] = {}
+        self._splits: dict[tuple[fx.Node, str], outliers.Split] = {}
 
     def rewrite(self, node: fx.Node, site: Site, choice: Choice) -> None:
         """Replace one site's node."""
         graph = self.gm.graph
-        weight = self._placeholders(Slot("weight", site.param.index, site.view, choice.weight, site.name, site.path))
+        weight = slot_inputs(self.gm, self.context, slot_of("weight", site, choice))
         self.kernels[site.name] = kernel_for(site, choice, example(node))
         product = experts.resolve(node)
         with graph.inserting_before(node):
@@ -95,13 +75,44 @@ class _Builder:
         x, _, bias = (*node.args, None)[:3]
         assert isinstance(x, fx.Node)
         x = self._cast(graph, x, node)
+        split = self._split(graph, x, site, choice)
+        dense = split.dense if split is not None else x
         if choice.input is None:
-            y = graph.call_function(target("linear"), (x, weight, str(choice.weight)))
+            y = graph.call_function(target("linear"), (dense, weight, str(choice.weight)))
         else:
-            codes, *scale = self._quantize(graph, x, site, choice.input)
+            codes, *scale = self._quantize(graph, dense, site, choice)
             y = graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
-        out = graph.call_function(torch.add, (y, bias)) if bias is not None else y
+        out = y
+        if split is not None:
+            out = graph.call_function(torch.add, (out, outliers.product(graph, self._columns(split, site, choice, weight), split)))
+        if bias is not None:
+            out = graph.call_function(torch.add, (out, bias))
+        if choice.corrected:
+            out = graph.call_function(torch.add, (out, self._slot("bias", site, choice)))
         return y, self._to(graph, out, example(node).dtype)
+
+    def _slot(self, what: str, site: Site, choice: Choice) -> fx.Node:
+        return slot_inputs(self.gm, self.context, slot_of(what, site, choice))[0]
+
+    def _split(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice) -> outliers.Split | None:
+        """The outlier columns of x apart from the others, once for all kin."""
+        dynamic = outliers.dynamic(choice)
+        if not choice.outliers and dynamic is None:
+            return None
+        first, theirs = leader(self.gm, site, choice)
+        key = (x, first.name)
+        if key not in self._splits:
+            if dynamic is not None:
+                self._splits[key] = outliers.find(graph, x, dynamic, self._slot("missed", first, theirs))
+            else:
+                self._splits[key] = outliers.given(graph, x, *(self._slot(what, first, theirs) for what in ("mask", "outliers")))
+        return self._splits[key]
+
+    def _columns(self, split: outliers.Split, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
+        """(N, C): what multiplies the outlier columns. Dynamic ones are read off the codes, as in bitsandbytes; static ones were kept in 16 bits."""
+        if outliers.dynamic(choice) is None:
+            return self._slot("columns", site, choice)
+        return self.gm.graph.call_function(target("columns"), (weight, split.index, str(choice.weight), site.k))
 
     def _grouped(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, product: experts.Experts, weight: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
         """Rows to (S, K), the product, and back to the shape that the node had."""
@@ -120,7 +131,7 @@ class _Builder:
             x = flat
         codes, scale = x, []
         if choice.input is not None:
-            codes, *scale = self._quantize(graph, x, site, choice.input)
+            codes, *scale = self._quantize(graph, x, site, choice)
         scheme = str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
         y = graph.call_function(target("grouped_linear"), (codes, scale, index, weight, scheme, product.form in ("weight_first", "rows_first")))
         out = self._to(graph, y, example(node).dtype)
@@ -142,35 +153,18 @@ class _Builder:
         cast.meta["example_value"] = given.to(wanted)
         return cast
 
-    def _quantize(self, graph: fx.Graph, x: fx.Node, site: Site, scheme: Scheme) -> list[fx.Node]:
-        static: list[fx.Node] = []
-        if scheme.static:  # kin read the same values: the first of them lends its range to all
-            first = next(s for s in self.gm.meta["sites"].values() if s.name == site.name or (s.name in site.kin and _input_scheme(self.gm, s) == scheme))
-            static = self._placeholders(Slot("range", first.param.index, first.view, scheme, first.name, first.path))
-        made = self._quantized.get((x, str(scheme), static[0].name if static else ""))
-        if made is not None:
-            return made
+    def _quantize(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice) -> list[fx.Node]:
+        scheme = choice.input
+        assert scheme is not None
+        static = slot_inputs(self.gm, self.context, slot_of("range", *leader(self.gm, site, choice))) if scheme.static else []
+        key = (x, str(scheme), static[0].name if static else "")
+        if key in self._quantized:
+            return self._quantized[key]
         node = graph.call_function(target("quantize"), (x, static, str(scheme)))
         parts = [graph.call_function(operator.getitem, (node, 0))]
-        if static:
-            parts += static
-        else:
-            parts += [graph.call_function(operator.getitem, (node, 1 + i)) for i in range(1 if scheme.zero == "none" else 2)]
-        self._quantized[x, str(scheme), static[0].name if static else ""] = parts
+        parts += static or [graph.call_function(operator.getitem, (node, 1 + i)) for i in range(1 if scheme.zero == "none" else 2)]
+        self._quantized[key] = parts
         return parts
-
-    def _placeholders(self, slot: Slot) -> list[fx.Node]:
-        key = (slot.arg, slot.view, f"{slot.what} {slot.scheme} {slot.site if slot.what == 'range' else ''}")
-        if key not in self._inputs:
-            tensors: Sequence[Tensor] = self.context.tensors(slot)
-            like = next(p for p in self.gm.graph.find_nodes(op="placeholder") if "param" in p.meta and p.meta["param"].index == slot.arg)
-            made = []
-            for i, tensor in enumerate(tensors):
-                made.append(compat.add_static_input(self.gm, f"{like.name}_{_PARTS[slot.what][i]}", tensor, like))
-                made[-1].meta["packed"] = slot
-            self._inputs[key] = made
-            self.slots.append(slot)
-        return self._inputs[key]
 
 
 def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
@@ -182,11 +176,6 @@ def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
         return kernel.name
     assert reason is not None
     return reason
-
-
-def _input_scheme(gm: fx.GraphModule, site: Site) -> Scheme | None:
-    choice = gm.meta["plan"][site.name]
-    return choice.input if isinstance(choice, Choice) else None
 
 
 def _erase_unused_views(graph: fx.Graph) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from qcompile.core.errors import Skip
-from qcompile.core.recipe import KEEP, Choice, Recipe
+from qcompile.core.recipe import KEEP, Choice, Method, Recipe
 from qcompile.core.scheme import Scheme
 
 from .infra import graph_pass
@@ -41,11 +41,11 @@ def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice |
                 used.add(i)
             if rule.weight is None:
                 return Skip(f"rule {rule.pattern!r} keeps 16 bits")
-            return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}")
+            return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}", recipe.methods)
     if site.role == "head":
         if recipe.head in (None, KEEP):
             return Skip("the head keeps 16 bits unless `head` names a scheme")
-        return _choice(str(recipe.head), None, "head")
+        return _choice(str(recipe.head), None, "head", ())
     if site.role == "router":
         return Skip("a router keeps 16 bits: its output chooses experts")
     if min(site.n, site.k) < SMALLEST:
@@ -54,13 +54,14 @@ def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice |
         return Skip(f"the weight is {site.dtype}, already quantized")
     if recipe.weight == KEEP:
         return Skip(f"recipe {recipe.name} keeps 16 bits")
-    return _choice(recipe.weight, recipe.input, recipe.name)
+    return _choice(recipe.weight, recipe.input, recipe.name, recipe.methods)
 
 
-def _choice(weight: str, x: str | None, why: str) -> Choice:
-    return Choice(Scheme.parse(weight), Scheme.parse(x) if x else None, why)
+def _choice(weight: str, x: str | None, why: str, methods: tuple[Method, ...]) -> Choice:
+    return Choice(Scheme.parse(weight), Scheme.parse(x) if x else None, why, methods)
 
 
 def signature(gm: fx.GraphModule) -> tuple[str, ...]:
-    """What a compiled graph depends on of its plan: the decision of each site, in order."""
-    return tuple(str(gm.meta["plan"][name]) for name in gm.meta["sites"])
+    """What a compiled graph depends on of its plan: the decision of each site and what was found for it, in order."""
+    plan = gm.meta["plan"]
+    return tuple(f"{plan[name]} {plan[name].key if isinstance(plan[name], Choice) else ''}" for name in gm.meta["sites"])

@@ -1,4 +1,4 @@
-"""Take the statistics that static input schemes need, on real inputs: run the graph as it is and look at what each site reads."""
+"""Ask for what has to be calibrated (static ranges, vectors that smooth, solved codes), and look at what sites read when a graph runs as it is."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from .sites import Site
 
 @graph_pass(after=("match",))
 def observe(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
-    """Ask ``context.calibrate`` for the statistics that are missing; a graph without static inputs passes as it is."""
-    if needs := static_sites(gm):
-        gm.meta["note"] = context.calibrate(gm, needs)
+    """Ask ``context.calibrate`` for solutions that are missing, and write what they found into the plan; a graph that needs none passes as it is."""
+    if needs := solved_sites(gm):
+        gm.meta["note"], choices = context.calibrate(gm, needs)
+        gm.meta["plan"] = {**gm.meta["plan"], **choices}
     return gm
 
 
-def static_sites(gm: fx.GraphModule) -> list[Site]:
-    """Sites whose input range is fixed by calibration."""
-    return [gm.meta["sites"][name] for name, choice in gm.meta["plan"].items() if isinstance(choice, Choice) and choice.input is not None and choice.input.static]
+def solved_sites(gm: fx.GraphModule) -> list[Site]:
+    """Sites that read a solution: their input range is fixed by calibration, or their recipe has methods."""
+    plan = gm.meta["plan"]
+    return [gm.meta["sites"][name] for name, c in plan.items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))]
 
 
 def input_of(node: fx.Node) -> fx.Node:

@@ -22,12 +22,12 @@ from torch import Tensor, fx, nn
 
 import qcompile
 from qcompile import compat
-from qcompile.calibrate import calibrate, is_static, static_scale
+from qcompile.calibrate import Recorder, renamed, session, settle
 from qcompile.capture import capture
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
-from qcompile.core.qtensor import quantize
-from qcompile.core.recipe import Rule
+from qcompile.core.recipe import Choice, Rule
 from qcompile.dumps import dump, trace_plan
+from qcompile.fill import shapes_of, tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import guard, is_released, release
@@ -35,9 +35,9 @@ from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
-from qcompile.passes.lower import Slot
 from qcompile.passes.match import decide, signature
 from qcompile.passes.sites import Site, view
+from qcompile.passes.slots import Slot
 from qcompile.weights import TABLE, Binding, owners
 
 log = logging.getLogger("qcompile.backend")
@@ -46,6 +46,8 @@ log = logging.getLogger("qcompile.backend")
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
     opts = Options.parse(options, mode)
+    if (sitting := session()) is not None:
+        return Recorder(gm, example_inputs, opts, sitting)
     if _training(example_inputs):
         if any(map(is_released, example_inputs)):
             raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
@@ -73,8 +75,9 @@ class CompiledGraph:
 
     def _build(self, inputs: Sequence[Any]) -> None:
         context = _Context(self.options, inputs, self)
-        before = [PASSES[name] for name in (*PIPELINE, *self.options.passes)]
-        planned = self._run(before, self.captured, context)
+        self.matched = self._run([PASSES[name] for name in PIPELINE], self.captured, context)
+        own = ("transform",) if any(isinstance(c, Choice) and c.smooth for c in self.matched.meta["plan"].values()) else ()
+        planned = self._run([PASSES[name] for name in (*own, *self.options.passes)], self.matched, context)
         self.planned = planned
         self.sites: dict[str, Site] = planned.meta["sites"]
         self.plan = planned.meta["plan"]
@@ -163,12 +166,12 @@ class CompiledGraph:
             raise StrictError(message)
         _warn_once(("refusal", message), f"qcompile: {message}")
 
-    def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site], inputs: Sequence[Any]) -> str:
-        """Fix the ranges that are missing, and say so. Returns a line for the report."""
-        message = calibrate(gm, sites, [_concrete(a) for a in inputs])
-        if message:
-            _warn_once(("calibrated", id(self)), f"qcompile: {message}. For better ranges call the model first with data that is typical.")
-        return message or "ranges known from an earlier call"
+    def calibrate(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, dict[str, Choice]]:
+        """Solve what is missing, and say so. Returns a line for the report and the choices with what was found."""
+        note, choices = settle(gm, inputs, self.options)
+        if "first call" in note:
+            _warn_once(("calibrated", id(self)), f"qcompile: {note}. For better results calibrate on typical data: with qcompile.calibrate(fast): ...")
+        return note, choices
 
     # --- running -------------------------------------------------------------------------------------------------------
 
@@ -192,10 +195,9 @@ class CompiledGraph:
         with self._lock:
             if any(ref() is not p for ref, p in zip(self._first, parameters)):
                 names = owners()
-                other = tuple(str(decide(self._renamed(site, args, names), self.options.recipe)) for site in self.sites.values())
+                other = self._planned_for(args, names)
                 if other != self.signature:
                     return self._variant(other, key, args, names)
-                self.calibrate(self.planned, [s for s in self.sites.values() if is_static(self.plan[s.name])], args)
 
             def forget() -> None:
                 self._bindings.pop(key, None)
@@ -204,6 +206,16 @@ class CompiledGraph:
             binding.get(parameters)
             self._bindings[key] = binding
         return self
+
+    def _planned_for(self, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> tuple[str, ...]:
+        """Signature of the plan of other parameters, which are calibrated where they have to be."""
+        gm = compat.copy_graph(self.matched)
+        sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
+        gm.meta["sites"] = sites
+        gm.meta["plan"] = {name: decide(site, self.options.recipe) for name, site in sites.items()}
+        _, choices = self.calibrate(gm, args)
+        gm.meta["plan"] = {**gm.meta["plan"], **choices}
+        return signature(gm)
 
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))
@@ -232,11 +244,7 @@ class CompiledGraph:
         ints = tuple(a for a in args if isinstance(a, int))
         found = self._variants.get((other, ints))
         if found is None:
-            captured = compat.copy_graph(self.captured)
-            for node, value in zip(captured.graph.find_nodes(op="placeholder"), args):
-                if "param" in node.meta and id(value) in names:
-                    owner, path, name = names[id(value)]
-                    node.meta["param"] = type(node.meta["param"])(node.meta["param"].index, f"{path}.{name}".strip("."), type(owner).__name__)
+            captured = renamed(self.captured, args, names)
             log.info("compiling a variant: the plan of these parameters differs from the one compiled for %s", self.signature)
             found = CompiledGraph(self.captured, list(args), self.options, captured)
             self._variants[other, ints] = found
@@ -250,13 +258,6 @@ def _of_no_live_linear(rules: Sequence[str]) -> list[str]:
     """Rules that name no live linear at all: where layers are compiled one by one, or a graph breaks, a rule may be for another graph."""
     live = [(f"{path}.{name}".strip(".").removesuffix(".weight"), type(owner).__name__) for owner, path, name in owners().values()] if rules else []
     return [rule for rule in rules if not any(Rule(rule).matches(*linear) for linear in live)]
-
-
-def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
-    """What a slot reads for one parameter."""
-    if slot.what == "weight":
-        return TABLE.packed(parameter, slot.view, slot.scheme, slot.path)
-    return [static_scale(parameter, slot.site, slot.path, slot.scheme)]
 
 
 @dataclass
@@ -275,13 +276,10 @@ class _Context:
     def tensors(self, slot: Slot) -> list[Tensor]:
         """Shapes of the tensors of a slot. Values are packed on the first call: Dynamo's guards then see the parameters as they were, also where ``release`` changes them."""
         with self.fake_mode:
-            if slot.what == "range":
-                return [torch.empty(1, device=self.inputs[slot.arg].device)]
-            p = self.inputs[slot.arg]
-            return quantize(view(torch.empty(p.shape, dtype=p.dtype, device=p.device), slot.view), slot.scheme).flatten()
+            return shapes_of(slot, self.inputs)
 
-    def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site]) -> str:
-        return self.graph.calibrate(gm, sites, self.inputs)
+    def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[str, dict[str, Choice]]:
+        return self.graph.calibrate(gm, self.inputs)
 
 
 class _Eager:
@@ -303,11 +301,6 @@ def _no_compiler(inputs: Sequence[Any]) -> str | None:
     """Why Inductor cannot compile for these inputs; None where it can."""
     tensors = [a for a in inputs if isinstance(a, Tensor)]
     return compat.has_cpp_compiler() if tensors and all(t.device.type == "cpu" for t in tensors) else None
-
-
-def _concrete(value: Any) -> Any:
-    """Dynamo passes sizes as SymInts: their values, without a guard."""
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
 _WARNED: set[Any] = set()
@@ -341,4 +334,4 @@ def sources() -> bytes:
     return compat.digest(torch.__version__.encode(), *(f.read_bytes() for f in files))
 
 
-__all__ = ["CompiledGraph", "backend", "collecting", "text", "view"]
+__all__ = ["CompiledGraph", "backend", "collecting", "tensors_of", "text", "view"]

@@ -1,61 +1,259 @@
-"""Ranges of activations for static schemes. A range belongs to the parameter that reads the input, so that layers that share one compiled graph have each their own."""
+"""Calibration: record what a model is called with, replay it, and keep what the recipe's methods find.
+
+``with qcompile.calibrate(fast): ...`` runs the model unquantized and records the calls of its graphs. On leaving, every site is solved on a replay in true sequential order
+(``qcompile.sequence``) and Dynamo is asked to capture again: the next call compiles with what was learned. Recorded calls are kept, so that another sitting adds to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import re
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from qcompile.core.errors import Skip, WeightError
-from qcompile.core.ranges import scale_of
+from qcompile import compat
+from qcompile.capture import capture
+from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
 from qcompile.core.recipe import Choice
-from qcompile.core.scheme import Scheme
-from qcompile.passes.observe import run_observed
-from qcompile.passes.sites import Site
-from qcompile.weights import TABLE
+from qcompile.core.solution import Solution
+from qcompile.missed import functions
+from qcompile.options import memory_of as budget
+from qcompile.passes import PASSES
+from qcompile.passes.infra import run
+from qcompile.passes.producers import place, shared
+from qcompile.passes.sites import Param, Site, view
+from qcompile.replay import Call, Unit
+from qcompile.sequence import Outcome, Run, Solved, found, solution_key
+from qcompile.solve import Member, from_statistics, needs_data
+from qcompile.statistics import Calibration
+from qcompile.weights import TABLE, fingerprint, owners
+
+KEPT: list[Unit] = []
+"""Units whose calls were recorded, for sittings to come; those of dead models are dropped."""
+KEEP_BYTES = 256 << 20
+"""Recorded calls that are kept after they were used; larger recordings are dropped then."""
+_SESSIONS: list[Session] = []
 
 
-def is_static(choice: Choice | Skip) -> bool:
-    """The input's range is fixed by calibration."""
-    return isinstance(choice, Choice) and choice.input is not None and choice.input.static
+class Session:
+    """One sitting. ``memory`` bounds the bytes of recorded calls, and of values carried from site to site in the replay."""
+
+    def __init__(self, fast: Any, progress: bool = True, memory: str | int | None = None) -> None:
+        self.fast, self.progress = fast, progress
+        self.budget = budget(memory)
+        self.units: list[Unit] = []
+        self.outcome = Outcome()
+        self.calibration: Calibration | None = None
+        self._bytes, self._left_out = 0, 0
+        self._made: dict[int, tuple[weakref.ref[Tensor], Call, int]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Session:
+        _forget_code(self.fast)
+        _SESSIONS.append(self)
+        self._stack.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _SESSIONS.remove(self)
+        self._stack.close()
+        _forget_code(self.fast)
+        self._made.clear()
+        known = [u for u in KEPT if u.alive and u not in self.units]
+        mine = [u for u in known if any(u.shares(v) for v in self.units)]
+        KEPT[:] = [*known, *self.units]
+        if kind is not None:  # what was recorded is kept; the model is as it was
+            return
+        if not self.units:
+            raise CalibrationError("no graph of qcompile ran while calibrating: call the compiled model (torch.compile(model, backend='qcompile', ...)) inside the context")
+        if self._left_out:
+            warnings.warn(f"qcompile: {self._left_out} calls were not recorded: the memory for calibration ({self.budget >> 20} MiB) was full", QcompileWarning, stacklevel=2)
+        self.outcome = solve([*mine, *self.units], self.budget, self.progress, again=True)
+        self.calibration = Calibration([*mine, *self.units], self.outcome, self.budget)
+        if sum(c.nbytes for u in self.units for c in u.calls) > KEEP_BYTES:
+            KEPT[:] = known
+        _warn_of(self.outcome)
+
+    def record(self, unit: Unit, args: Sequence[Any]) -> Call | None:
+        """Keep a call, unless the memory for calls is full."""
+        size = sum(a.nbytes for i, a in enumerate(args) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter))
+        if self._bytes + size > self.budget:
+            self._left_out += 1
+            return None
+        self._bytes += size
+        if unit not in self.units:
+            self.units.append(unit)
+        links = {}
+        for i, a in enumerate(args):
+            made = self._made.get(id(a)) if isinstance(a, Tensor) else None
+            if made is not None and made[0]() is a:
+                links[i] = made[1:]
+        return unit.record(args, links)
+
+    def returned(self, call: Call, outputs: Any) -> None:
+        """Remember what a call returned: a later graph may read it."""
+        for i, value in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
+            if isinstance(value, Tensor):
+                self._made[id(value)] = (weakref.ref(value), call, i)
 
 
-def calibrate(gm: fx.GraphModule, sites: Sequence[Site], inputs: Sequence[Any]) -> str:
-    """Ranges of the inputs of ``sites`` from one real call, for parameters that have none yet. Returns a line for the report, empty where all were known."""
-    missing = [s for s in sites if use(s.name) not in TABLE.record(inputs[s.param.index], s.path).ranges]
-    if not missing:
-        return ""
-    seen: dict[str, Tensor] = {}
-    tokens = 0
+class Recorder:
+    """What Dynamo keeps for a graph while a session is open: runs it as it is, and records its calls."""
 
-    def see(name: str, x: Tensor) -> None:
-        nonlocal tokens
-        if x.numel():
-            peak = x.detach().abs().amax().float()
-            seen[name] = torch.maximum(seen[name], peak) if name in seen else peak
-            tokens = max(tokens, x.numel() // x.shape[-1])
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Any, session: Session) -> None:
+        self._gm, self._options, self._session = gm, options, session
+        self._captured = capture(gm, inputs, options.root)
+        self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
+        self._units: dict[tuple[int, ...], Unit] = {}
 
-    run_observed(gm, inputs, {s.name for s in missing}, see)
-    for site in missing:
-        if site.name not in seen:
-            raise WeightError(f"the calibrating call gave {site.name} no rows; its range cannot be fixed. Call the model first with data that is typical.")
-        if not bool(torch.isfinite(seen[site.name])):
-            raise WeightError(f"the input of {site.name} has values that are NaN or infinite in the calibrating call; its range cannot be fixed")
-    for site in missing:
-        TABLE.record(inputs[site.param.index], site.path).ranges[use(site.name)] = seen[site.name]
-    return f"calibrated {len(missing)} input ranges on the first call, which had {tokens} tokens"
+    def __call__(self, *args: Any) -> Any:
+        if self._session not in _SESSIONS:
+            raise QcompileError("this graph was captured for a calibration that has ended; call torch.compiler.reset() and the model again")
+        key = tuple(id(args[i]) for i in self._params)
+        if key not in self._units:
+            self._units[key] = self._unit(args)
+        call = self._session.record(self._units[key], [concrete(a) for a in args])
+        with torch.no_grad():
+            outputs = self._gm(*args)
+        if call is not None:
+            self._session.returned(call, outputs)
+        return outputs
 
-
-def static_scale(parameter: Tensor, site: str, path: str, scheme: Scheme) -> Tensor:
-    """The scale that a site's calibrated range gives a scheme: one tensor for each, which keeps its address."""
-    ranges, key = TABLE.record(parameter, path).ranges, f"{site} {scheme}"
-    if key not in ranges or ranges[key].device != parameter.device:
-        ranges[key] = scale_of(ranges[use(site)], scheme.fmt).reshape(1).to(parameter.device)
-    return ranges[key]
+    def _unit(self, args: Sequence[Any]) -> Unit:
+        gm = self._captured
+        if self._units:
+            gm = renamed(gm, args, owners())
+        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, autocast)
 
 
-def use(site: str) -> str:
-    """Which use of its parameter a site is: "range" the first, "range@2" the second in its graph."""
-    return "range" + ("@" + site.rpartition("@")[2] if "@" in site else "")
+def renamed(captured: fx.GraphModule, args: Sequence[Any], names: Mapping[int, tuple[nn.Module, str, str]]) -> fx.GraphModule:
+    """A copy of a captured graph whose parameters have the names of those among ``args``."""
+    copy = compat.copy_graph(captured)
+    for node, value in zip(copy.graph.find_nodes(op="placeholder"), args):
+        if "param" in node.meta and id(value) in names:
+            owner, path, name = names[id(value)]
+            node.meta["param"] = Param(node.meta["param"].index, f"{path}.{name}".strip("."), type(owner).__name__)
+    return copy
+
+
+def session() -> Session | None:
+    """The innermost open session."""
+    return _SESSIONS[-1] if _SESSIONS else None
+
+
+def calibrate(fast: Any, batches: Iterable[Any] | None = None, *, progress: bool = True, memory: str | int | None = None) -> Session | Calibration:
+    """Calibrate a compiled model on typical data.
+
+    As a context, ``with qcompile.calibrate(fast): for batch in loader: fast(**batch)``; with ``batches`` the loop is run here (a dictionary is keyword arguments, a tuple or list positional
+    ones, anything else the only argument) and the Calibration is returned, which ``save`` writes to a file for ``options={"calibration": path}``. The model answers unquantized meanwhile.
+    On leaving, the recipe's methods are run on what was seen, with a progress bar, and the next call compiles anew. Sittings add up. Several processes of torch.distributed merge their
+    statistics; each must call with the same shapes in the same order. ``memory`` (``"4GiB"`` or bytes; default a third of what is free) bounds recorded calls and carried values.
+    Raises CalibrationError for data that is not finite, or where nothing compiled ran.
+    """
+    here = Session(fast, progress, memory)
+    if batches is None:
+        return here
+    from qcompile.progress import track
+
+    with here:
+        for batch in track(batches, "recording", progress):
+            call(fast, batch)
+    assert here.calibration is not None
+    return here.calibration
+
+
+def call(fast: Any, batch: Any) -> Any:
+    """Call a model with one batch of data."""
+    if isinstance(batch, Mapping):
+        return fast(**batch)
+    return fast(*batch) if isinstance(batch, (tuple, list)) else fast(batch)
+
+
+def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool) -> Outcome:
+    """Solve all sites of the units on a replay of their calls."""
+    from qcompile.progress import bar
+
+    total = sum(len(u.calls) * len(u.groups) for u in units)
+    with bar("calibrating", total, progress) as step:
+
+        def said(line: Solved) -> None:
+            step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else ""))
+
+        return Run(units, memory, lambda: step(1), said).run(again)
+
+
+def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str, dict[str, Choice]]:
+    """Solutions for all sites of a matched graph with these parameters. Returns a line for the report and the choices with what was found.
+
+    What is not solved yet comes from ``options.calibration``, from calls that were recorded, or from this call itself.
+    """
+    sites = {name: (gm.meta["sites"][name], c) for name, c in gm.meta["plan"].items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))}
+    missing, note = [], "known from an earlier call"
+    for site, choice in sites.values():
+        record = TABLE.record(inputs[site.param.index], site.path)
+        if solution_key(site, choice) not in record.solutions:
+            if needs_data(choice):
+                missing.append(site)
+            else:
+                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(), site.path)
+    if missing and options.calibration is not None:
+        note = _from_calibration(gm, inputs, options.calibration, {s.name for s in missing})
+    elif missing:
+        own = Unit(gm, inputs)
+        kept = [u for u in KEPT if u.alive and u.shares(own) and all(s.name in u.sites and u.plan[s.name] == gm.meta["plan"][s.name] for s in missing)]
+        if not kept:
+            own.record([concrete(a) for a in inputs])
+        outcome = solve(kept or [own], budget(options.calibration_memory), progress=False, again=False)
+        _warn_of(outcome)
+        note = f"calibrated {len(missing)} linears on " + ("what was recorded" if kept else "the first call") + f", which had {outcome.tokens} tokens"
+    choices = {name: found(choice, TABLE.record(inputs[site.param.index], site.path).solutions[solution_key(site, choice)]) for name, (site, choice) in sites.items()}
+    return note if sites else "", choices
+
+
+def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibration | str | os.PathLike[str], names: set[str]) -> str:
+    calibration = given if isinstance(given, Calibration) else Calibration.load(given)
+    groups: dict[Any, list[Site]] = {}
+    for name in names:
+        site, choice = gm.meta["sites"][name], gm.meta["plan"][name]
+        groups.setdefault((frozenset((name, *site.kin)), choice.input, choice.methods), []).append(site)
+    for sites in groups.values():
+        sites = sorted(sites, key=lambda s: list(gm.meta["sites"]).index(s.name))
+        seen = calibration.of(sites[0], inputs[sites[0].param.index].device)
+        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view)) for s in sites]
+        with compat.no_dispatch_modes(), torch.no_grad():
+            spot = place(gm, [s.name for s in sites])
+            for member, solution in zip(members, from_statistics(members, seen, lambda v, spot=spot: shared(v, spot), str(calibration))):  # type: ignore[misc]
+                p = inputs[member.site.param.index]
+                solution.state = fingerprint(p)
+                TABLE.solve(p, solution_key(member.site, member.choice), solution, member.site.path)
+    return f"solved {len(names)} linears from {calibration}"
+
+
+def _warn_of(outcome: Outcome) -> None:
+    notes: dict[str, list[str]] = {}
+    for line in outcome.solved:
+        for note in line.notes:
+            notes.setdefault(re.sub(r"\d+", "#", note), []).append(f"{line.name}: {note}")
+    for lines in notes.values():
+        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        warnings.warn(f"qcompile: {'; '.join(lines[:4])}{more}", QcompileWarning, stacklevel=3)
+
+
+def _forget_code(fast: Any) -> None:
+    """Make Dynamo capture anew what it has compiled for ``fast``."""
+    for fn in functions(fast):
+        if hasattr(fn, "__code__"):
+            compat.reset_code(fn)
+
+
+def concrete(value: Any) -> Any:
+    """Dynamo passes sizes as SymInts: their values, without a guard."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value

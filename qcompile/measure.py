@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from qcompile import compat
 from qcompile.core.errors import QcompileError, Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
+from qcompile.core.solution import Solution
 from qcompile.missed import functions, limit, module_of, unread, why_nothing
 from qcompile.report import EXACT_DB, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
 
@@ -212,25 +213,25 @@ class _Measured:
     """Rows, packed tensors and errors of the sites of one graph on one call's arguments."""
 
     def __init__(self, graph: CompiledGraph, args: Sequence[Any]) -> None:
-        from qcompile.backend import _concrete, tensors_of
+        from qcompile.calibrate import concrete
+        from qcompile.fill import tensors_of
         from qcompile.passes.observe import run_observed
         from qcompile.weights import TABLE
 
         self.graph, self.args = graph, args
         self.rows: dict[str, int] = {}
         self.output_db: dict[str, float | None] = {}
-        self._slots = {(s.what, s.arg, s.view, str(s.scheme)): s for s in graph.slots}
         self._tensors_of = tensors_of
         self.packed = {name: self._tensors(graph.sites[name]) for name, choice in graph.plan.items() if isinstance(choice, Choice)}
-        self._dtypes = {n.meta["site"]: n.meta["example_value"].dtype for n in graph.planned.graph.nodes if "site" in n.meta}
+        self._dtypes = {n.meta["site"]: n.meta["example_value"].dtype for n in graph.matched.graph.nodes if "site" in n.meta}
         records = {s.param.index: TABLE.get(args[s.param.index]) for s in graph.sites.values()}
         self._released = {index for index, record in records.items() if record is not None and record.released is not None}
         names = set(graph.sites)
         if self._released:  # the captured graph would read NaN: the lowered one still shows how many rows there are
             packed = [t for slot in graph.slots for t in tensors_of(slot, args[slot.arg])]
-            run_observed(graph.lowered, [*(_concrete(args[i]) for i in graph._kept), *packed], names, self._count)
+            run_observed(graph.lowered, [*(concrete(args[i]) for i in graph._kept), *packed], names, self._count)
         else:
-            run_observed(graph.planned, [_concrete(a) for a in args], names, self._see)
+            run_observed(graph.matched, [concrete(a) for a in args], names, self._see)
 
     def weight_db(self, site: Site) -> float | None:
         """SQNR of a site's weight, one expert at a time."""
@@ -238,11 +239,13 @@ class _Measured:
 
         if site.param.index in self._released:
             return None
+        solution = self._solution(site)
         exact, tensors, scheme = view(self.args[site.param.index].detach(), site.view), self.packed[site.name], self._choice(site).weight
         experts = range(exact.shape[0]) if exact.dim() == 3 else [...]
         signal = noise = 0.0
         for e in experts:
             part = exact[e].float()
+            part = part if solution is None else solution.prepared(part)
             signal += _energy(part)
             noise += _energy(part - dequantize(QTensor.unflatten([t[e] for t in tensors], scheme, site.k)))
         return _decibels(signal, noise)
@@ -251,9 +254,21 @@ class _Measured:
         choice: Choice = self.graph.plan[site.name]
         return choice
 
+    def _solution(self, site: Site) -> Solution | None:
+        """What calibration found for the site, on the device of its weight."""
+        from qcompile.sequence import solution_key
+        from qcompile.weights import TABLE
+
+        p, choice = self.args[site.param.index], self._choice(site)
+        record = TABLE.get(p)
+        solution = record.solutions.get(solution_key(site, choice)) if record is not None else None
+        return solution.to(p.device) if solution is not None else None
+
     def _tensors(self, site: Site) -> list[Tensor]:
-        slot = self._slots["weight", site.param.index, site.view, str(self._choice(site).weight)]
-        return self._tensors_of(slot, self.args[slot.arg])
+        from qcompile.passes.slots import slot_of
+
+        choice = self._choice(site)
+        return self._tensors_of(slot_of("weight", site, choice), self.args[site.param.index])
 
     def _count(self, name: str, x: Tensor) -> None:
         self.rows[name] = x.numel() // self.graph.sites[name].k
@@ -269,23 +284,22 @@ class _Measured:
         from qcompile.kernels import OPS
         from qcompile.kernels.scaled_linear import spell
         from qcompile.passes.sites import view
+        from qcompile.solve import Product
 
         weight = view(self.args[site.param.index], site.view)
         if weight.dim() != 2:
             return None
         exact = x.float() @ weight.float().T
+        solution = self._solution(site)
+        if solution is not None:
+            packed = QTensor.unflatten(self.packed[site.name], choice.weight, site.k)
+            return sqnr(exact, Product(replace(solution, q=packed), choice, weight, torch.float32)(x.float()))
         if choice.input is None:
             y = OPS["linear"].reference(x, self.packed[site.name], str(choice.weight))
         else:
-            static = self._range(site, choice) if choice.input.static else []
-            codes, *scale = OPS["quantize"].reference(x, static, str(choice.input))
-            y = OPS["scaled_linear"].reference(codes, scale or static, self.packed[site.name], spell(choice.input, choice.weight))
+            codes, *scale = OPS["quantize"].reference(x, [], str(choice.input))
+            y = OPS["scaled_linear"].reference(codes, scale, self.packed[site.name], spell(choice.input, choice.weight))
         return sqnr(exact, y)
-
-    def _range(self, site: Site, choice: Choice) -> list[Tensor]:
-        """The static scale that the lowered graph gives this site: kin share the first one's."""
-        slot = next(s for s in self.graph.slots if s.what == "range" and s.scheme == choice.input and s.site in (site.name, *site.kin))
-        return self._tensors_of(slot, self.args[slot.arg])
 
 
 def _kernel(graph: CompiledGraph, site: Site) -> str:

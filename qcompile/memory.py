@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qcompile.core.errors import WeightError
@@ -61,8 +62,15 @@ def restored(p: Tensor) -> Tensor:
     record = TABLE.get(p)
     if record is None or record.released is None or not is_released(p):
         return p
-    (_, how, _), entry = next(iter(record.entries.items()))
-    value = dequantize(entry.qtensor(), record.released)
+    (_, how, rest), entry = next(item for item in record.entries.items() if item[0][0] == "weight")
+    value = dequantize(entry.qtensor(), torch.float32)
+    if (solution := entry.solution) is not None:
+        solution = solution.to(value.device)
+        value = value if solution.smooth is None else value / solution.smooth
+        if ("columns", how, rest) in record.entries:
+            columns = record.entries["columns", how, rest].tensors[0].float()
+            value[..., solution.outliers] = columns if solution.smooth is None else columns / solution.smooth[solution.outliers]
+    value = value.to(record.released)
     return (value.transpose(-1, -2) if how == "t" else value).reshape(p.shape).to(p.device)
 
 

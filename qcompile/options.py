@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from qcompile import compat
 from qcompile.core.errors import OptionError, unknown
-from qcompile.core.recipe import DEFAULT, Recipe, find_recipe
+from qcompile.core.recipe import DEFAULT, Method, Recipe, find_recipe
 from qcompile.core.scheme import Scheme
-from qcompile.passes import PASSES
+from qcompile.passes import PASSES, SOLVERS, TRANSFORMS
+from qcompile.solve import SETTINGS, check
 
 HELP = {
     "recipe": "a preset's name or a qcompile.Recipe",
@@ -21,7 +25,8 @@ HELP = {
     "head": "a scheme for the head, which keeps 16 bits otherwise",
     "passes": "names of passes to run before lowering, in order",
     "ignore": "names, types or 're:' patterns of linears that keep 16 bits",
-    "calibration": "statistics taken earlier",
+    "calibration": "a qcompile.Calibration or the path of a saved one",
+    "calibration_memory": "memory that calibrating may take beside the model, such as '4GiB'",
     "train": "a training recipe",
     "mode": "one of torch.compile's modes (torch refuses mode= beside options=)",
     "root": "the name under which a compiled layer sits in its model",
@@ -42,7 +47,9 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 PIPELINE = ("normalize", "find_sites", "match", "observe")
 """Passes that always run before those that a user names; ``lower`` runs after them."""
-LATER = {"output": "output schemes", "calibration": "saved statistics", "train": "training recipes"}
+OURS = (*PIPELINE, "transform", "lower")
+"""Passes that run by themselves."""
+LATER = {"output": "output schemes", "train": "training recipes"}
 """Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""
 
 
@@ -52,6 +59,8 @@ class Options:
 
     recipe: Recipe
     passes: tuple[str, ...] = ()
+    calibration: Any = None
+    calibration_memory: int | None = None
     mode: str | None = None
     root: str = ""
     release: bool = False
@@ -86,11 +95,10 @@ class Options:
         lower = given.get("lower", "inductor")
         if lower not in ("inductor", "eager"):
             raise unknown("value", lower, ("inductor", "eager"), "options['lower']")
-        for name in given.get("passes", ()):
-            if name not in PASSES:
-                raise unknown("pass", name, [p for p in PASSES if p not in (*PIPELINE, "lower")], "options['passes']")
-            if name in (*PIPELINE, "lower"):
-                raise OptionError(f"pass {name!r} always runs; options['passes'] names those that run between {PIPELINE[-1]!r} and 'lower'")
+        graph_passes, methods = _steps(given.get("passes", ()))
+        if methods or "passes" in given:
+            recipe = recipe.override(passes=methods)
+        check(recipe.methods, "options['passes']" if "passes" in given else f"recipe {recipe.name}")
         extra = dict(given.get("inductor", {}))
         known = compat.inductor_options() if extra else set()
         for key in extra:
@@ -102,7 +110,9 @@ class Options:
             raise OptionError(f"unknown mode {error}") from None
         return cls(
             recipe=recipe,
-            passes=tuple(given.get("passes", ())),
+            passes=graph_passes,
+            calibration=given.get("calibration"),
+            calibration_memory=memory_of(given["calibration_memory"]) if "calibration_memory" in given else None,
             mode=given.get("mode"),
             root=given.get("root", ""),
             release=given.get("release", False),
@@ -115,3 +125,33 @@ class Options:
     def key(self) -> bytes:
         """What enters the cache key beside our sources."""
         return repr((self.recipe, self.passes, self.lower, sorted(self.inductor.items(), key=str))).encode()
+
+
+def _steps(names: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(passes on the graph, methods of the recipe) among what ``options["passes"]`` names."""
+    graph, methods = [], []
+    for spelling in names:
+        name = Method.parse(spelling).name if isinstance(spelling, (str, Method)) else spelling
+        if name in OURS:
+            raise OptionError(f"pass {name!r} always runs; options['passes'] names those that run between {PIPELINE[-1]!r} and 'lower'")
+        if name in PASSES:
+            graph.append(name)
+        elif name in (*TRANSFORMS, *SOLVERS, *SETTINGS):
+            methods.append(str(Method.parse(spelling)))
+        else:
+            raise unknown("pass", name, [*(p for p in PASSES if p not in OURS), *TRANSFORMS, *SOLVERS, *SETTINGS], "options['passes']")
+    return tuple(graph), tuple(methods)
+
+
+def memory_of(memory: str | int | None) -> int:
+    """Bytes: of "4GiB", "500MB" or a number; a third of what is free where nothing is said. Raises OptionError for anything else."""
+    if memory is None:
+        if torch.cuda.is_available():
+            return int(torch.cuda.mem_get_info()[0] // 3)
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3)
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    m = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)(i?)B\s*", str(memory))
+    if m is None:
+        raise OptionError(f"an amount of memory reads '4GiB', '500MB' or a number of bytes, not {memory!r}")
+    return int(float(m[1]) * (1024 if m[3] else 1000) ** " kMGT".index(m[2] or " "))

@@ -10,6 +10,7 @@ Not detectable: ``p.data.mul_(2)`` and other writes behind autograd's back; ``qc
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +19,36 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import compat
-from qcompile.core.errors import WeightError
+from qcompile.core.errors import QcompileWarning, WeightError
 from qcompile.core.qtensor import QTensor, quantize
 from qcompile.core.scheme import Scheme
+from qcompile.core.solution import Solution
 from qcompile.passes.sites import view
 
 Key = tuple[str, str, str]
 """(what, view, scheme) of an entry."""
+SolutionKey = tuple[str, str, str]
+"""(view, use, choice) of a solution."""
 
 
 def state_of(p: Tensor) -> tuple[object, ...]:
     """What changes when the value of a parameter may have changed. Inference tensors have no version: only their storage is watched."""
     return (-1 if p.is_inference() else p._version, p.data_ptr(), p.stride(), p.device)
+
+
+def fingerprint(p: Tensor) -> tuple[object, ...]:
+    """The same for the same values on every device: shape, dtype and two sums over the bits, which wrap around."""
+    if p.is_meta:
+        return ()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    first = second = 0
+    with compat.no_dispatch_modes(), torch.no_grad():
+        rows = p.detach().reshape(1, -1) if p.dim() < 2 else p.detach().flatten(0, -2)
+        for start in range(0, rows.shape[0], step := max(1, (1 << 24) // max(rows.shape[1], 1))):
+            part = rows[start : start + step].contiguous().view(bits).to(torch.int64)
+            first += int(part.sum())
+            second += int((part * torch.arange(1 + start, 1 + start + part.numel(), device=p.device).view_as(part)).sum())
+    return tuple(p.shape), str(p.dtype), first, second & ((1 << 64) - 1)
 
 
 def collapse(p: Tensor) -> None:
@@ -50,6 +69,7 @@ class Entry:
     tensors: list[Tensor]
     state: tuple[object, ...] = ()
     source: object = None
+    solution: Solution | None = None
 
     def qtensor(self) -> QTensor:
         return QTensor.unflatten(self.tensors, self.scheme, self.k)
@@ -57,13 +77,14 @@ class Entry:
 
 @dataclass
 class Record:
-    """All that is known of one live parameter: packed entries, calibrated ranges of the inputs of its sites, the reasons why its 16-bit value is still needed,
+    """All that is known of one live parameter: packed entries, solutions of its sites, tensors that these give compiled graphs, the reasons why its 16-bit value is still needed,
     and the dtype it had when that value was released (None: it was not)."""
 
     ref: weakref.ref[Tensor]
     path: str = ""
     entries: dict[Key, Entry] = field(default_factory=dict)
-    ranges: dict[str, Tensor] = field(default_factory=dict)
+    solutions: dict[SolutionKey, Solution] = field(default_factory=dict)
+    given: dict[tuple[str, SolutionKey], list[Tensor]] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     released: torch.dtype | None = None
 
@@ -98,12 +119,28 @@ class WeightTable:
         found = self._records.get(id(p))
         return found if found is not None and found.ref() is p else None
 
-    def packed(self, p: Tensor, how: str, scheme: Scheme, path: str) -> list[Tensor]:
-        """Packed tensors of ``view(p, how)`` under ``scheme``, up to date."""
+    def solve(self, p: Tensor, key: SolutionKey, solution: Solution, path: str) -> None:
+        """Keep a solution. What graphs read of an earlier one is renewed in place where it has the same shapes."""
+        record = self.record(p, path)
+        record.solutions[key] = solution
+        for entry in record.entries.values():
+            entry.state = ()
+        GENERATION[0] += 1
+        for (what, whose), tensors in record.given.items():
+            if whose == key:
+                for old, new in zip(tensors, given(solution, what, p, key[0])):
+                    if what != "missed" and old.shape == new.shape:
+                        old.copy_(new)
+
+    def packed(self, p: Tensor, how: str, scheme: Scheme, path: str, key: SolutionKey | None = None, what: str = "weight") -> list[Tensor]:
+        """Packed tensors of ``view(p, how)`` under ``scheme``, up to date: as its solution says where ``key`` names one, else rounded to nearest.
+
+        ``what="columns"`` gives the outlier columns in the weight's own dtype instead.
+        """
         record = self.record(p, path)
         self.is_released(p)
-        key = ("weight", how, str(scheme))
-        entry = record.entries.get(key)
+        entry_key = (what, how, " ".join([str(scheme), *(key[1:] if key else ())]))
+        entry = record.entries.get(entry_key)
         if entry is not None and entry.state == state_of(p):
             return entry.tensors
         if record.released is not None:
@@ -113,16 +150,31 @@ class WeightTable:
             if p.is_meta:
                 raise WeightError(f"parameter {path} is on the meta device: load its values before the first call")
             state, source = state_of(p), p.untyped_storage()  # before the values are read: a change meanwhile is seen on the next call
-            q = quantize(view(p.detach(), how), scheme, name=path)
-            fresh, entry = q.flatten(), record.entries.get(key)
+            solution = record.solutions.get(key) if key else None
+            w = view(p.detach(), how)
+            k = int(w.shape[-1])
+            if what == "columns":
+                assert solution is not None
+                fresh = [solution.to(p.device).kept(w).to(p.dtype)]
+            else:
+                fresh = _codes(p, w, scheme, path, solution).flatten()
+            entry = record.entries.get(entry_key)
             if entry is not None:
                 GENERATION[0] += 1
                 if [(t.shape, t.dtype, t.device) for t in entry.tensors] == [(t.shape, t.dtype, t.device) for t in fresh]:
                     for old, new in zip(entry.tensors, fresh):
                         old.copy_(new)
                     fresh = entry.tensors
-            record.entries[key] = Entry(scheme, q.k, fresh, state, source)
+            record.entries[entry_key] = Entry(scheme, k, fresh, state, source, solution)
         return fresh
+
+    def given(self, p: Tensor, what: str, key: SolutionKey, path: str) -> list[Tensor]:
+        """What a graph reads of a solution beside the weight: tensors that keep their address."""
+        record = self.record(p, path)
+        if (what, key) not in record.given or record.given[what, key][0].device != p.device:
+            with compat.no_dispatch_modes(), torch.no_grad():
+                record.given[what, key] = [t.clone() for t in given(record.solutions[key], what, p, key[0])]
+        return record.given[what, key]
 
     def is_released(self, p: Tensor) -> bool:
         """Whether the value of ``p`` was given back. Where it was given another one since (``p.data = t``), the release is over;
@@ -165,6 +217,39 @@ GENERATION = [0]
 
 TABLE = WeightTable()
 compat.on_optimizer_step(TABLE.forget)  # fused optimizers do not bump the versions of what they step
+
+
+def _codes(p: Tensor, w: Tensor, scheme: Scheme, path: str, solution: Solution | None) -> QTensor:
+    """The solved codes where the weight still has the value that they were solved for; else the weight prepared as its solution says and rounded to nearest."""
+    if solution is None:
+        return quantize(w, scheme, name=path)
+    solution = solution.to(p.device)
+    if solution.q is not None and solution.state == fingerprint(p):
+        return solution.q
+    if solution.q is not None:
+        warnings.warn(f"qcompile: the weight {path} changed since it was calibrated: rounded to nearest now. Calibrate again for solved codes.", QcompileWarning, stacklevel=2)
+    return quantize(solution.prepared(w), scheme, name=path)
+
+
+def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:
+    """What a slot beside the weight reads: see ``passes/slots.py``."""
+    device = p.device
+    if what == "missed":
+        return [torch.zeros(1, dtype=torch.int64, device=device)]
+    if what == "range":
+        return [t.to(device) for t in solution.range]
+    if what == "smooth":
+        assert solution.smooth is not None
+        return [solution.smooth.to(device).reciprocal()]
+    if what == "bias":
+        assert solution.bias is not None
+        return [solution.bias.to(device)]
+    assert solution.outliers is not None
+    if what == "outliers":
+        return [solution.outliers.to(device)]
+    mask = torch.ones(view(p, how).shape[-1], device=device)
+    mask[solution.outliers.to(device)] = 0
+    return [mask]
 
 
 class Binding:

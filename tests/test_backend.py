@@ -66,9 +66,9 @@ def test_static_is_calibrated_once_and_says_so(x):
         assert torch.equal(fast(x), a)  # the second call did not move the ranges
         fast(torch.cat([x, x]))  # another graph, the same ranges
     said_so = [t for t in texts if "calibrated" in t]
-    assert len(said_so) == 1 and "calibrated 2 input ranges on the first call, which had 5 tokens" in said_so[0]
+    assert len(said_so) == 1 and "calibrated 2 linears on the first call, which had 5 tokens" in said_so[0]
     assert close(a, model(x).detach(), 0.05)
-    assert {g.steps[3].note for g, _ in seen} == {"calibrated 2 input ranges on the first call, which had 5 tokens", "ranges known from an earlier call"}
+    assert {g.steps[3].note for g, _ in seen} == {"calibrated 2 linears on the first call, which had 5 tokens", "known from an earlier call"}
 
 
 def test_what_a_graph_tells(x):

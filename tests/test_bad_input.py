@@ -143,7 +143,7 @@ def test_static_recipe_on_an_empty_call(x):
     model = Net()
     fast = torch.compile(model, backend="qcompile", dynamic=False, options={"recipe": "W8A8_STATIC", "lower": "eager"})
     with torch.no_grad():
-        with pytest.raises(Exception, match=r"gave .* no rows; its range cannot be fixed"):
+        with pytest.raises(Exception, match=r"calibration data gave up no rows"):
             fast(x[:0])
         assert close(fast(x), model(x), 0.05) and fast(x[:0]).shape == (0, 32)
 
@@ -152,9 +152,9 @@ def test_static_recipe_on_nan(x):
     model = Net()
     fast = compiled(model, recipe="W8A8_STATIC")
     with torch.no_grad():
-        with pytest.raises(Exception, match=r"input of up has values that are NaN or infinite"):
+        with pytest.raises(Exception, match=r"160 values of the input of up are NaN or infinite in the calibration data"):
             fast(x / 0)
-        assert not TABLE.record(model.up.weight).ranges
+        assert not TABLE.record(model.up.weight).solutions
         assert close(fast(x), model(x), 0.05)
 
 

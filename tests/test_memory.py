@@ -90,10 +90,10 @@ def test_site_by_site(monkeypatch):
     model, held = Stack(6), []
     real = memory.TABLE.packed
 
-    def watch(p, how, scheme, path):
+    def watch(p, how, scheme, path, *more):
         if TABLE.get(p) is None or not TABLE.get(p).entries:
             held.append([is_released(q) for q in model.parameters() if q.dim() == 2])
-        return real(p, how, scheme, path)
+        return real(p, how, scheme, path, *more)
 
     monkeypatch.setattr(TABLE, "packed", watch)
     with torch.no_grad():

@@ -163,7 +163,7 @@ def test_static_ranges_differ(x):
             for _ in range(2):
                 assert close(model(x), truth, 5e-2)
     assert len({id(g) for g, _ in seen}) == 1
-    ranges = [float(r) for layer in model for name, r in qcompile.weights.TABLE.get(layer.up.weight).ranges.items() if name == "range"]
+    ranges = [float(s.range[0]) for layer in model for s in qcompile.weights.TABLE.get(layer.up.weight).solutions.values()]
     assert len(set(ranges)) == 3
 
 

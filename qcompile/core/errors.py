@@ -19,6 +19,10 @@ class WeightError(QcompileError, ValueError):
     """A parameter that cannot be quantized; the message names it."""
 
 
+class CalibrationError(QcompileError, ValueError):
+    """Calibration data, or statistics taken earlier, that cannot serve this model; the message names the first place where they do not."""
+
+
 class PassError(QcompileError, RuntimeError):
     """A pass failed; the message names the pass and what ran before it."""
 

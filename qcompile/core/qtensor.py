@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import WeightError
+from .errors import WeightError, unknown
 from .formats import decode, encode
 from .layouts import LAYOUTS
 from .ranges import RANGES, TINY, round_up
@@ -181,3 +181,78 @@ def spread(part: Tensor, group: tuple[int, int], n: int, k: int) -> Tensor:
 def value(part: Tensor | QTensor) -> Tensor:
     """Scales or zeros as float32, (..., N/r, K/c)."""
     return dequantize(part) if isinstance(part, QTensor) else part.float()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the values of a tensor of ``shape`` (..., N, K) may lie: its scale and zero as they are stored (..., N/r, K/c), before codes are chosen.
+
+    A solver takes codes against a grid and never against the scale that a rule asked for, so that what it weighs is what ``dequantize`` will give.
+    """
+
+    scale: Tensor | QTensor
+    zero: Tensor | QTensor | None
+    scheme: Scheme
+    shape: tuple[int, ...]
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Scale (at least TINY, as ``assign`` divides by it) and zero, float32 (..., N/r, K/c)."""
+        return value(self.scale).clamp(min=TINY), None if self.zero is None else value(self.zero)
+
+    def elements(self) -> tuple[Tensor, Tensor | None]:
+        """The same for each element, (..., N, K)."""
+        n, k = self.shape[-2:]
+        group = self.scheme.extent(n, k)
+        scale, zero = self.parts()
+        return spread(scale, group, n, k), None if zero is None else spread(zero, group, n, k)
+
+
+def find_range(x: Tensor, scheme: Scheme, rule: str = "absmax") -> tuple[Tensor, Tensor | None]:
+    """Scale and zero that ``rule`` asks for, float32 (..., N/r, K/c), before they are stored. Raises OptionError for an unknown rule."""
+    if rule not in RANGES:
+        raise unknown("range rule", rule, RANGES)
+    scale, zero = RANGES[rule](tile(x.detach().float(), scheme.extent(*x.shape[-2:])), scheme, (-3, -1))
+    return scale[..., :, 0, :, 0], None if zero is None else zero[..., :, 0, :, 0]
+
+
+def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
+    """The grid that stores ``scale`` and ``zero``, float32 (..., N/r, K/c), for a tensor of ``shape``."""
+    stored = _store(scale[..., :, None, :, None], scheme, name, scale_dtype)
+    held: Tensor | QTensor | None = None
+    if zero is not None:
+        held = _store(zero[..., :, None, :, None], scheme, name, scale_dtype, up=False) if scheme.zero == "min" else zero.to(scheme.fmt.dtype)
+    return Grid(stored, held, scheme, tuple(shape))
+
+
+def grid(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
+    """The grid on which ``quantize(x, scheme, rule=rule)`` rounds; raises the same errors."""
+    _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
+    return grid_of(*find_range(x, scheme, rule), scheme, x.shape, name, scale_dtype)
+
+
+def scaled(x: Tensor, g: Grid) -> Tensor:
+    """``x`` (..., N, K) in the units of the format, float32: ``encode`` of it is rounding to nearest, bit for bit as ``quantize`` rounds."""
+    x = x.detach().float()
+    s, z = g.elements()
+    if z is None:
+        return x / s
+    return (x + z) / s if g.scheme.zero == "min" else x / s + z
+
+
+def unscaled(y: Tensor, g: Grid) -> Tensor:
+    """Inverse of ``scaled``, on values that codes mean: what ``dequantize`` gives for them, float32 (..., N, K)."""
+    s, z = g.elements()
+    if z is None:
+        return y * s
+    return y * s - z if g.scheme.zero == "min" else (y - z) * s
+
+
+def from_codes(codes: Tensor, g: Grid) -> QTensor:
+    """``codes`` (..., N, K) as ``encode`` gives them, on a grid."""
+    return QTensor(pack(codes.contiguous(), g.scheme), g.scale, g.zero, g.scheme, g.shape[-1])
+
+
+def split_rows(q: QTensor, sizes: Sequence[int]) -> list[QTensor]:
+    """A QTensor whose groups do not span rows (at any level of its scales), cut along N into pieces of ``sizes`` rows that own their memory."""
+    pieces = zip(*(t.split(list(sizes), -2) for t in q.flatten()))
+    return [QTensor.unflatten([t.clone() for t in piece], q.scheme, q.k) for piece in pieces]

@@ -6,6 +6,7 @@ or by the type of their module (``Linear``, ``Conv1D``); the first rule that mat
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -28,15 +29,65 @@ def input_scheme(spelling: str | Scheme) -> Scheme:
 
 
 @dataclass(frozen=True)
+class Method:
+    """One step of a recipe with its arguments, spelled ``smooth`` or ``smooth(alpha=0.75)``; ``Method.parse(str(m)) == m``."""
+
+    name: str
+    arguments: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name + (f"({', '.join(f'{key}={value!r}' for key, value in self.arguments)})" if self.arguments else "")
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The arguments as a dictionary."""
+        return dict(self.arguments)
+
+    @classmethod
+    def parse(cls, spelling: str | Method) -> Method:
+        """The method that a spelling names. Raises OptionError where it is not ``name`` or ``name(key=value, ...)`` with literal values."""
+        if isinstance(spelling, Method):
+            return spelling
+        try:
+            tree = ast.parse(spelling.strip(), mode="eval").body
+            if isinstance(tree, ast.Name):
+                return cls(tree.id)
+            if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args and all(k.arg for k in tree.keywords):
+                return cls(tree.func.id, tuple((str(k.arg), ast.literal_eval(k.value)) for k in tree.keywords))
+        except (SyntaxError, ValueError, AttributeError):
+            pass
+        raise OptionError(f"a step reads 'name' or 'name(key=value, ...)', such as 'smooth(alpha=0.5)', not {spelling!r}")
+
+
+@dataclass(frozen=True)
 class Choice:
-    """What one linear gets: a weight scheme, an input scheme (None: activations stay in 16 bits), and why."""
+    """What one linear gets: a weight scheme, an input scheme (None: activations stay in 16 bits), why, and the methods that find its values.
+
+    ``smooth``, ``outliers`` and ``corrected`` are what these methods found and the graph's shape depends on: whether a vector divides the input, how many columns stay in 16 bits,
+    whether the bias is corrected.
+    """
 
     weight: Scheme
     input: Scheme | None = None
     why: str = ""
+    methods: tuple[Method, ...] = ()
+    smooth: bool = False
+    outliers: int = 0
+    corrected: bool = False
 
     def __str__(self) -> str:
+        found = [*(["smooth"] if self.smooth else []), *([f"{self.outliers} outlier columns"] if self.outliers else []), *(["bias corrected"] if self.corrected else [])]
+        return ", ".join([self.schemes, *found])
+
+    @property
+    def schemes(self) -> str:
+        """``input @ weight``, or the weight's scheme alone."""
         return f"{self.input} @ {self.weight}" if self.input else str(self.weight)
+
+    @property
+    def key(self) -> str:
+        """What its solution depends on: schemes and methods with their arguments."""
+        return " ".join([self.schemes, *(["via", *map(str, self.methods)] if self.methods else [])])
 
 
 @dataclass(frozen=True)
@@ -78,18 +129,27 @@ class Recipe:
     doc: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(str(Method.parse(step)) for step in self.passes))
         for scheme in (self.weight, self.head):
             if scheme is not None and scheme != KEEP:
                 Scheme.parse(scheme)
         if self.input is not None and self.input != KEEP:
             input_scheme(self.input)
 
-    def override(self, *, weight: str | None = None, input: str | None = None, head: str | None = None, ignore: Iterable[str] = ()) -> Recipe:
-        """The recipe with other schemes; ``input=KEEP`` drops the input scheme; ``ignore`` puts rules that keep 16 bits before the others."""
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The passes, read."""
+        return tuple(map(Method.parse, self.passes))
+
+    def override(
+        self, *, weight: str | None = None, input: str | None = None, head: str | None = None, ignore: Iterable[str] = (), passes: Iterable[str] | None = None
+    ) -> Recipe:
+        """The recipe with other schemes or passes; ``input=KEEP`` drops the input scheme; ``ignore`` puts rules that keep 16 bits before the others."""
         rules = (*(Rule(pattern) for pattern in ignore), *self.rules)
         x = self.input if input is None else None if input == KEEP else str(input_scheme(input))
-        name = self.name if weight is None and input is None else "custom"
-        return replace(self, name=name, weight=str(Scheme.parse(weight)) if weight else self.weight, input=x, head=head or self.head, rules=rules)
+        name = self.name if weight is None and input is None and passes is None else "custom"
+        steps = self.passes if passes is None else tuple(passes)
+        return replace(self, name=name, weight=str(Scheme.parse(weight)) if weight else self.weight, input=x, head=head or self.head, rules=rules, passes=steps)
 
     @property
     def static(self) -> bool:
@@ -98,7 +158,8 @@ class Recipe:
         return any(Scheme.parse(s).static for s in spellings if s)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.input} @ {self.weight})" if self.input else f"{self.name} ({self.weight})"
+        schemes = f"{self.input} @ {self.weight}" if self.input else self.weight
+        return f"{self.name} ({', '.join([schemes, *self.passes])})"
 
 
 DEFAULT = "W8A8"
@@ -106,8 +167,11 @@ DEFAULT = "W8A8"
 _ROWS = (
     Recipe("W8A8", "int8.row", "int8.row", doc="int8 weights per row, activations in int8 per token, ranges taken at run time"),
     Recipe("W8A8_STATIC", "int8.row", "int8.tensor.static", doc="as W8A8 with one calibrated range per input; re-quantization fuses into the layer before"),
+    Recipe("LLM_INT8", "int8.row", "int8.row", passes=("outliers(dynamic=64)",), doc="LLM.int8(): as W8A8, with the input's columns of large values in 16 bits, found on every call"),
+    Recipe("LLM_INT8_STATIC", "int8.row", "int8.row", passes=("outliers(threshold=6.0)",), doc="as LLM_INT8 with the columns that calibration found"),
     Recipe("W8A16", "int8.row", doc="int8 weights per row, 16-bit activations"),
     Recipe("W4A16", "int4.g128", doc="int4 weights in groups of 128, 16-bit activations"),
+    Recipe("W4A16_GPTQ", "uint4.g128.point", passes=("gptq",), doc="4-bit weights with zero points, solved by GPTQ in true sequential order"),
     Recipe("W4A8", "int4.g128", "int8.row", doc="int4 weights in groups of 128, int8 activations per token"),
     Recipe("FP8", "e4m3.row", "e4m3.row", doc="FP8 E4M3, weights per row and activations per token"),
     Recipe("FP8_TENSOR", "e4m3.tensor", "e4m3.tensor", doc="FP8 E4M3, one scale for each tensor, taken at run time"),

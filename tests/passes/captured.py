@@ -11,11 +11,10 @@ from torch import Tensor, fx
 
 from qcompile import compat
 from qcompile.capture import capture
-from qcompile.core.qtensor import quantize
 from qcompile.core.recipe import Recipe, find_recipe
+from qcompile.fill import shapes_of
 from qcompile.passes import PASSES
 from qcompile.passes.infra import Step, run, text
-from qcompile.passes.sites import view
 
 FOUND = ("normalize", "find_sites")
 MATCHED = (*FOUND, "match")
@@ -43,14 +42,11 @@ def context(gm: fx.GraphModule, args: Sequence[Any], recipe: str | Recipe = "W8A
 
     def tensors(slot: Any) -> list[Tensor]:
         with mode:
-            if slot.what == "range":
-                return [torch.empty(1)]
-            p = args[slot.arg]
-            return quantize(view(torch.empty(p.shape, dtype=p.dtype), slot.view), slot.scheme).flatten()
+            return shapes_of(slot, args)
 
-    def calibrate(_: Any, sites: Any) -> str:
+    def calibrate(_: Any, sites: Any) -> tuple[str, dict[str, Any]]:
         asked.extend(site.name for site in sites)
-        return f"{len(sites)} ranges"
+        return f"{len(sites)} ranges", {}
 
     return types.SimpleNamespace(recipe=find_recipe(recipe), tensors=tensors, calibrate=calibrate, asked=asked, fake_mode=mode)
 

@@ -9,7 +9,7 @@ from torch import nn
 from qcompile.core.recipe import Recipe, Rule
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run, text
-from qcompile.passes.observe import input_of, run_observed, static_sites
+from qcompile.passes.observe import input_of, run_observed, solved_sites
 
 
 class Model(nn.Module):
@@ -43,7 +43,7 @@ def test_the_graph_stays():
     gm, args, _ = observed("W8A8_STATIC")
     before = run([PASSES[name] for name in MATCHED], gm, context(captured(Model(), X)[0], args, "W8A8_STATIC"))
     assert [line.split("  #")[0] for line in text(before).splitlines()] == [line.split("  #")[0] for line in text(gm).splitlines()]
-    assert [site.name for site in static_sites(gm)] == ["q", "k", "o"]
+    assert [site.name for site in solved_sites(gm)] == ["q", "k", "o"]
 
 
 def test_what_a_site_reads():

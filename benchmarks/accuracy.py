@@ -1,0 +1,352 @@
+"""How much accuracy each method costs: qcompile's against the textbook's in float64, on three models. `python benchmarks/accuracy.py [--model encoder] [--rows w4-gptq ...] [--textbook-only]`.
+
+A row of ROWS is a method twice: as `textbook.py` defines it, and as options of `torch.compile(backend="qcompile")`, run by the eager references so that the arithmetic is what is measured, not a kernel.
+Models, their data and what judges them are in `accuracy_models.py`: KL divergence of the next token's distribution (lm, lm-outliers), 1 - cosine of sentence embeddings (encoder). GOALS are judged at the end.
+
+The results go to `benchmarks/results/cpu/accuracy.json` with a plot for each model beside it; rows that are not run keep what the file has. Exits with 1 where a goal that was measured is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import textbook
+import torch
+from accuracy_models import SUBJECTS, Subject, fingerprint
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from textbook import Grid, Method
+from torch import Tensor, nn
+
+import qcompile
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "accuracy.json"
+LMS = ("lm", "lm-outliers")
+FED_BY_NORM = ("o_proj", "down_proj")
+"""What LLM.int8() on the norm-fed linears of a Llama spares."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. ``ours``: options of the backend, as one writes them; ``spare``: endings of names of linears that keep 16 bits; ``models``: where it is run."""
+
+    name: str
+    method: Method
+    ours: Mapping[str, Any] = field(hash=False)
+    spare: tuple[str, ...] = ()
+    models: tuple[str, ...] = tuple(SUBJECTS)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``ours`` with the spared linears and the eager references."""
+        ignore = {"ignore": [f"re:.*{ending}$" for ending in self.spare]} if self.spare else {}
+        return {**self.ours, **ignore, "lower": "eager"}
+
+
+T8, R8, T8P, R8P = Grid(8, "tensor"), Grid(8, "row"), Grid(8, "tensor", point=True), Grid(8, "row", point=True)
+G4, G4P, G3, G3P = Grid(4, 128), Grid(4, 128, point=True), Grid(3, 128), Grid(3, 128, point=True)
+E4M3, E3M4 = Grid(8, "row", kind="float", exp=4), Grid(8, "row", kind="float", exp=3)
+SPLIT = "outliers(dynamic=32, threshold=6.0)"
+
+
+def _w8a8(weight: str, x: str, *passes: str) -> dict[str, Any]:
+    return {"weight": weight, "input": x, "passes": list(passes)}
+
+
+def _w(weight: str, *passes: str) -> dict[str, Any]:
+    return _w8a8(weight, "16bit", *passes)
+
+
+ROWS: tuple[Row, ...] = (
+    # the table of LLM.int8(): ranges and granularities, without and with decomposition
+    Row("w8a8-tensor", Method(T8, T8), _w8a8("int8.tensor", "int8.tensor")),
+    Row("w8a8-vector", Method(R8, R8), _w8a8("int8.row", "int8.row")),
+    Row("w8a8-rowwise", Method(T8, R8), _w8a8("int8.tensor", "int8.row")),
+    Row("w8a8-tensor-point", Method(T8P, T8P), _w8a8("uint8.tensor.point", "uint8.tensor.point")),
+    Row("w8a8-vector-point", Method(R8P, R8P), _w8a8("uint8.row.point", "uint8.row.point")),
+    Row("w8a8-tensor-split", Method(T8, T8, threshold=6.0), _w8a8("int8.tensor", "int8.tensor", SPLIT)),
+    Row("w8a8-rowwise-split", Method(T8, R8, threshold=6.0), _w8a8("int8.tensor", "int8.row", SPLIT)),
+    Row("w8a8-vector-point-split", Method(R8P, R8P, threshold=6.0), _w8a8("uint8.row.point", "uint8.row.point", SPLIT)),
+    Row("llm-int8", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", SPLIT)),
+    Row("llm-int8-static", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", "outliers(threshold=6.0)")),
+    Row("llm-int8-norm-fed", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", SPLIT), FED_BY_NORM, LMS),
+    Row("w8a8-static", Method(R8, T8, static=True), _w8a8("int8.row", "int8.tensor.static")),
+    Row("smoothquant", Method(R8, R8, transform="smooth"), _w8a8("int8.row", "int8.row", "smooth(alpha=0.5)")),
+    Row("smoothquant-static", Method(R8, T8, transform="smooth", static=True), _w8a8("int8.row", "int8.tensor.static", "smooth(alpha=0.5)")),
+    # 4 bits
+    Row("w4-rtn", Method(G4), _w("int4.g128")),
+    Row("w4-rtn-point", Method(G4P), _w("uint4.g128.point")),
+    Row("w4-gptq", Method(G4, solver="gptq"), _w("int4.g128", "gptq")),
+    Row("w4-gptq-point", Method(G4P, solver="gptq"), _w("uint4.g128.point", "gptq")),
+    Row("w4-awq", Method(G4P, transform="awq"), _w("uint4.g128.point", "awq")),
+    Row("w4-awq-symmetric", Method(G4, transform="awq"), _w("int4.g128", "awq")),
+    Row("w4-awq-clip", Method(G4P, transform="awq", clip=True), _w("uint4.g128.point", "awq", "sequential_mse(clip=True)")),
+    Row("w4-awq-gptq", Method(G4P, transform="awq", solver="gptq"), _w("uint4.g128.point", "awq", "gptq")),
+    Row("w4-awq-gptq-symmetric", Method(G4, transform="awq", solver="gptq"), _w("int4.g128", "awq", "gptq")),
+    Row("w4-smooth-gptq", Method(G4P, transform="smooth", solver="gptq"), _w("uint4.g128.point", "smooth(alpha=0.5)", "gptq")),
+    Row("w4a8-smooth-gptq", Method(G4, R8, transform="smooth", solver="gptq"), _w8a8("int4.g128", "int8.row", "smooth(alpha=0.5)", "gptq")),
+    Row("w4-awq-clip-gptq", Method(G4P, transform="awq", clip=True, solver="gptq"), _w("uint4.g128.point", "awq", "gptq(clip=True)")),
+    Row("nf4", Method(Grid(4, 64, kind="nf4")), {"recipe": "NF4"}),
+    # 3 bits
+    Row("w3-rtn", Method(G3), _w("int3.g128")),
+    Row("w3-rtn-point", Method(G3P), _w("uint3.g128.point")),
+    Row("w3-gptq", Method(G3, solver="gptq"), _w("int3.g128", "gptq")),
+    Row("w3-gptq-point", Method(G3P, solver="gptq"), _w("uint3.g128.point", "gptq")),
+    Row("w3-awq", Method(G3P, transform="awq"), _w("uint3.g128.point", "awq")),
+    Row("w3-awq-gptq", Method(G3P, transform="awq", solver="gptq"), _w("uint3.g128.point", "awq", "gptq")),
+    Row("w3-clip-gptq", Method(G3P, clip=True, solver="gptq"), _w("uint3.g128.point", "gptq(clip=True)")),
+    Row("w3-awq-clip-gptq", Method(G3P, transform="awq", clip=True, solver="gptq"), _w("uint3.g128.point", "awq", "gptq(clip=True)")),
+    # 8-bit floating point
+    Row("e4m3", Method(E4M3, E4M3), {"recipe": "FP8"}),
+    Row("e3m4", Method(E3M4, E3M4), _w8a8("e3m4.row", "e3m4.row")),
+)
+W4_COMBINED = ("w4-awq-gptq", "w4-awq-gptq-symmetric", "w4-smooth-gptq", "w4-awq-clip-gptq")
+W3 = tuple(row.name for row in ROWS if row.name.startswith("w3"))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The best of ``rows`` is at most ``factor`` times the best of ``than``; at most ``factor`` itself where ``than`` is empty. ``of="int8"``: the share of multiplications in int8 is at least ``factor``."""
+
+    model: str
+    rows: tuple[str, ...]
+    factor: float
+    than: tuple[str, ...] = ()
+    of: str = "metric"
+
+    def __str__(self) -> str:
+        best = f"best of {', '.join(self.rows)}" if len(self.rows) > 1 else self.rows[0]
+        if self.of == "int8":
+            return f"{self.model}: {best} has at least {self.factor:.0%} of its multiplications in int8"
+        return f"{self.model}: {best} at most {self.factor:g}" + (f" x {' or '.join(self.than)}" if self.than else "")
+
+
+TEXTBOOK_RATIO = {"encoder": 1.03}
+"""Greatest ratio of our metric to the textbook's, in every row of a model."""
+GOALS: tuple[Goal, ...] = (
+    Goal("encoder", W4_COMBINED, 0.015),
+    Goal("encoder", W3, 0.07),
+    Goal("lm-outliers", ("llm-int8",), 1e-3, ("w8a8-vector",)),
+    Goal("lm-outliers", ("llm-int8",), 0.8, of="int8"),
+    Goal("lm-outliers", ("smoothquant",), 1e-3, ("w8a8-vector",)),
+    Goal("lm-outliers", ("smoothquant-static",), 1e-2, ("w8a8-tensor",)),
+    Goal("lm", ("w4-gptq",), 0.1, ("w4-rtn",)),
+    Goal("lm-outliers", ("w4-gptq",), 0.6, ("w4-rtn",)),
+    Goal("lm", ("w4-awq-symmetric",), 0.85, ("w4-rtn",)),
+    Goal("lm-outliers", ("w4-awq-symmetric",), 0.5, ("w4-rtn",)),
+    Goal("lm-outliers", ("w4-awq-gptq-symmetric",), 0.5, ("w4-awq-symmetric", "w4-gptq")),
+)
+
+Result = dict[str, Any]
+
+
+# --- one row on one model --------------------------------------------------------------------------------------------
+
+
+def spared(row: Row) -> Callable[[str], bool]:
+    return lambda name: name.endswith(row.spare) if row.spare else False
+
+
+def run_textbook(model: nn.Module, row: Row, subject: Subject, reference: Sequence[Tensor]) -> Result:
+    start = time.perf_counter()
+    quantized = textbook.quantize(model, row.method, subject.calibration, spared(row))
+    solved = time.perf_counter()
+    metrics = subject.metrics(reference, subject.read(quantized), subject.evaluation)
+    return {**metrics, "int8": textbook.integer_share(quantized), "seconds": solved - start, "read_seconds": time.perf_counter() - solved}
+
+
+def run_ours(model: nn.Module, row: Row, calibration: Sequence[dict[str, Any]]) -> Callable[..., Any]:
+    """The model compiled by qcompile, calibrated where the row's method needs data."""
+    torch.compiler.reset()
+    fast: Callable[..., Any] = torch.compile(model, backend="qcompile", options=row.options)
+    if row.method.calibrates or "outliers(threshold" in str(row.ours):
+        with torch.no_grad(), qcompile.calibrate(fast, progress=False):
+            for batch in calibration:
+                fast(**batch)
+    return fast
+
+
+def integer_share(model: nn.Module, row: Row, subject: Subject) -> float | None:
+    """The share of multiplications in int8: of a dynamic split each linear has a fixed number of columns outside. None where calibration chose them."""
+    if "outliers(" not in str(row.ours):
+        return 1.0
+    if SPLIT not in row.ours["passes"]:
+        return None
+    columns = 32
+    shapes = [m.weight.shape for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in subject.kept and not spared(row)(name)]
+    return 1 - sum(n * min(columns, k) for n, k in shapes) / sum(n * k for n, k in shapes)
+
+
+def measure_ours(row: Row, subject: Subject, reference: Sequence[Tensor]) -> Result:
+    start = time.perf_counter()
+    model = subject.build()
+    fast = run_ours(model, row, subject.calibration)
+    solved = time.perf_counter()
+    metrics = subject.metrics(reference, subject.read(fast), subject.evaluation)
+    return {**metrics, "int8": integer_share(model, row, subject), "seconds": solved - start, "read_seconds": time.perf_counter() - solved}
+
+
+def cached(folder: Path | None, key: tuple[object, ...], make: Callable[[], Result]) -> Result:
+    """`make()`, or what an earlier run with the same key and the same `textbook.py` left in `folder`."""
+    if folder is None:
+        return make()
+    source = Path(textbook.__file__).read_text("utf-8")
+    path = folder / (hashlib.sha256(repr((key, torch.__version__, source)).encode()).hexdigest()[:24] + ".json")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make()))
+    result: Result = json.loads(path.read_text())
+    return result
+
+
+def measure(subject: Subject, rows: Sequence[Row], textbook_only: bool, cache: Path | None, console: Console) -> Result:
+    """All rows on one model. A row that fails raises: nothing is left out in silence."""
+    model = subject.build()
+    reference = subject.read(model)
+    data = fingerprint(subject)
+    out: Result = {"title": subject.title, "metric": subject.metric, "data": data, "fp32": subject.metrics(reference, reference, subject.evaluation), "rows": {}}
+    for row in track(rows, subject.name, console=console, transient=True):
+        key = (subject.name, data, row.method, row.spare)
+        result = {"textbook": cached(cache, key, lambda row=row: run_textbook(model, row, subject, reference))}  # type: ignore[misc]
+        if not textbook_only:
+            result["ours"] = measure_ours(row, subject, reference)
+        out["rows"][row.name] = {"options": dict(row.options), **result}
+    return out
+
+
+# --- goals -----------------------------------------------------------------------------------------------------------
+
+
+def judge(models: Mapping[str, Result], which: str) -> list[Result]:
+    """Goals whose rows were all measured, by the column `which` ("ours" or "textbook"): value, bound, met."""
+    found: list[Result] = []
+
+    def best(goal: Goal, names: Sequence[str]) -> float:
+        rows = models[goal.model]["rows"]
+        key = "int8" if goal.of == "int8" else models[goal.model]["metric"]
+        values = [rows[name][which][key] for name in names]
+        return math.nan if any(v is None or not math.isfinite(v) for v in values) else min(values)
+
+    for goal in GOALS:
+        rows = models.get(goal.model, {}).get("rows", {})
+        if not all(which in rows.get(name, {}) for name in (*goal.rows, *goal.than)):
+            continue
+        value, bound = best(goal, goal.rows), goal.factor * (best(goal, goal.than) if goal.than else 1)
+        found.append({"goal": str(goal), "value": value, "bound": bound, "met": value >= bound if goal.of == "int8" else value <= bound})
+    if which == "ours":
+        for model, bound in TEXTBOOK_RATIO.items():
+            for name, row in models.get(model, {}).get("rows", {}).items():
+                if "ours" in row:
+                    value = ratio(row, models[model]["metric"])
+                    found.append({"goal": f"{model}: {name} at most {bound:g} x the textbook's", "value": value, "bound": bound, "met": value <= bound})
+    return found
+
+
+def ratio(row: Result, metric: str) -> float:
+    return row["ours"][metric] / row["textbook"][metric] if "ours" in row else math.nan
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def show(model: Result, console: Console) -> None:
+    metric, extra = model["metric"], next(key for key in model["fp32"] if key != model["metric"])
+    table = Table("row", f"textbook {metric}", extra, "int8", "s", f"ours {metric}", extra, "s", "ratio", title=f"{model['title']}; fp32 {extra} {model['fp32'][extra]:.4f}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in model["rows"].items():
+        t, o = row["textbook"], row.get("ours")
+        ours = [f"{o[metric]:.3e}", f"{o[extra]:.4f}", f"{o['seconds']:.0f}", f"{ratio(row, metric):.3f}"] if o else []
+        table.add_row(name, f"{t[metric]:.3e}", f"{t[extra]:.4f}", f"{t['int8']:.1%}", f"{t['seconds']:.0f}", *ours)
+    console.print(table)
+
+
+def show_goals(goals: Sequence[Result], which: str, console: Console) -> None:
+    table = Table("goal", which, "bound", "", title=f"goals, judged by {which}")
+    for g in goals:
+        table.add_row(g["goal"], f"{g['value']:.3e}", f"{g['bound']:.3e}", "[green]met[/]" if g["met"] else "[red]missed[/]")
+    console.print(table)
+
+
+def plot(model: Result, path: Path) -> None:
+    """Bars on a logarithmic axis: textbook and ours, row by row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names, metric = list(model["rows"]), model["metric"]
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.27 * len(names)), layout="constrained")
+    columns = [(which, colour) for which, colour in (("textbook", "#8a8f98"), ("ours", "#2f6f9f")) if any(which in row for row in model["rows"].values())]
+    for offset, (which, colour) in enumerate(columns):
+        at = [i + (offset - (len(columns) - 1) / 2) * 0.4 for i in range(len(names))]
+        axis.barh(at, [model["rows"][name].get(which, {}).get(metric, math.nan) for name in names], 0.4 if len(columns) > 1 else 0.7, color=colour, label=which)
+    axis.set(xscale="log", yticks=range(len(names)), yticklabels=names, xlabel={"kl": "KL(fp32 || quantized), nats a token", "distance": "1 - mean cosine with fp32"}[metric], title=model["title"])
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def versions() -> dict[str, str]:
+    import platform
+
+    import numpy
+    import tokenizers
+    import transformers
+
+    return {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers, numpy, qcompile)}}
+
+
+def merge(old: Result, new: Result) -> Result:
+    """`new` with the rows of `old` that it lacks, where both were measured on the same data; in the order of ROWS."""
+    if old.get("data") != new["data"]:
+        return new
+    rows = {name: {**old["rows"].get(name, {}), **new["rows"].get(name, {})} for name in {**old["rows"], **new["rows"]}}
+    return {**new, "rows": {row.name: rows[row.name] for row in ROWS if row.name in rows}}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--model", nargs="*", default=list(SUBJECTS), choices=list(SUBJECTS))
+    cli.add_argument("--rows", nargs="*", help="names of rows (default: all)", choices=[row.name for row in ROWS], metavar="ROW")
+    cli.add_argument("--textbook-only", action="store_true", help="without qcompile's column")
+    cli.add_argument("--out", type=Path, default=RESULTS)
+    cli.add_argument("--cache", type=Path, help="a folder that keeps the textbook's results for the next run")
+    given = cli.parse_args(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    torch.compiler.config.recompile_limit = 256  # every length of sentence may be a graph
+    warnings.simplefilter("ignore", qcompile.QcompileWarning)
+    before = json.loads(given.out.read_text()) if given.out.exists() else {}
+    models: dict[str, Result] = dict(before.get("models", {}))
+    which = "textbook" if given.textbook_only else "ours"
+    for name in given.model:
+        rows = [row for row in ROWS if name in row.models and (not given.rows or row.name in given.rows)]
+        models[name] = merge(models.get(name, {}), measure(SUBJECTS[name](), rows, given.textbook_only, given.cache, console))
+        show(models[name], console)
+        plot(models[name], given.out.with_name(f"{given.out.stem}-{name}.png"))
+        report = {"versions": versions(), "threads": torch.get_num_threads(), "models": models, "goals": judge(models, which)}
+        given.out.write_text(json.dumps(report, indent=1) + "\n")  # model by model: an interruption loses little
+    goals = judge(models, which)
+    show_goals(goals, which, console)
+    return 1 if any(not g["met"] for g in goals) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

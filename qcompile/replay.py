@@ -1,0 +1,235 @@
+"""Run captured graphs again on recorded calls, site by site, with the sites before already quantized.
+
+A *unit* is one captured graph with the parameters it ran with, and its calls. Units that read the same parameters (prefill and decode, graphs of several shapes) go forward together; a unit
+that reads what an earlier one returned (a graph break) reads its quantized output. Between two sites the values that are still needed are carried, where few are; else the run starts again
+at the last place where few were. One forward over the data serves all sites, with at most a few graphs' worth of values held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile import compat
+from qcompile.capture import MUTATING, VIEWS
+from qcompile.core.errors import WeightError
+from qcompile.core.recipe import Choice
+from qcompile.passes import experts
+from qcompile.passes.observe import input_of
+from qcompile.passes.sites import Site
+
+Env = dict[fx.Node, Any]
+NARROW = 1.5
+"""A cut is narrow where it carries at most this many times the bytes of the narrowest one."""
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a unit, parameters left out; which of them are outputs of earlier calls, and what this call returned once it ran quantized."""
+
+    args: dict[int, Any]
+    links: dict[int, tuple[Call, int]] = field(default_factory=dict)
+    env: Env = field(default_factory=dict)
+    outputs: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the recorded tensors."""
+        return sum(a.nbytes for a in self.args.values() if isinstance(a, Tensor))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites of a unit that read one input: the node of the input, where the first of them stands, their names."""
+
+    x: fx.Node
+    position: int
+    names: tuple[str, ...]
+
+
+class Unit:
+    """A planned graph (sites found, schemes matched), its live parameters (held weakly) and its calls."""
+
+    def __init__(self, gm: fx.GraphModule, args: Sequence[Any], autocast: tuple[str, torch.dtype] | None = None) -> None:
+        self.gm, self.autocast = gm, autocast
+        self.nodes = list(gm.graph.nodes)
+        self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        self._params = {i: weakref.ref(args[i]) for i, n in enumerate(self.placeholders) if "param" in n.meta}
+        self.calls: list[Call] = []
+        self.sites: dict[str, Site] = gm.meta["sites"]
+        self.plan: dict[str, Any] = gm.meta["plan"]
+        self._index = {node: i for i, node in enumerate(self.nodes)}
+        self._last = {node: max((self._index[u] for u in node.users), default=self._index[node]) for node in self.nodes}
+        self.groups = self._find_groups()
+        self.cut = len(self.placeholders)
+
+    def parameter(self, site: Site) -> Tensor:
+        """The live weight of a site. Raises WeightError where the model is gone."""
+        p = self._params[site.param.index]()
+        if p is None:
+            raise WeightError(f"the parameter {site.param.path} that was calibrated no longer exists")
+        return p
+
+    def shares(self, other: Unit) -> bool:
+        """Both read a weight of the same linear."""
+        mine = {id(self._params[s.param.index]()) for s in self.sites.values()}
+        return any(id(other._params[s.param.index]()) in mine for s in other.sites.values())
+
+    @property
+    def alive(self) -> bool:
+        """All parameters still exist."""
+        return all(ref() is not None for ref in self._params.values())
+
+    def record(self, args: Sequence[Any], links: Mapping[int, tuple[Call, int]] | None = None) -> Call:
+        """Keep one call: its tensors are cloned, so that what the model writes to later does not change them."""
+        call = Call({i: a.detach().clone() if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in self._params}, dict(links or {}))
+        self.calls.append(call)
+        return call
+
+    def _find_groups(self) -> list[Group]:
+        found: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+        for node in self.nodes:
+            name = node.meta.get("site")
+            if name is not None and isinstance(self.plan.get(name), Choice):
+                found.setdefault((input_of(node), self.sites[name].k), []).append(node)
+        return [Group(x, min(self._index[n] for n in nodes), tuple(n.meta["site"] for n in nodes)) for (x, _), nodes in found.items()]
+
+    # --- running --------------------------------------------------------------------------------------------------------
+
+    def begin(self, call: Call) -> None:
+        """Fill a call's values with its arguments; those that an earlier unit returned are taken from its quantized run."""
+        env = self.arguments(call)
+        for i, (earlier, which) in call.links.items():
+            if earlier.outputs is not None:
+                env[self.placeholders[i]] = earlier.outputs[which]
+        call.env = self.private(env, len(self.placeholders), len(self.nodes))
+
+    def arguments(self, call: Call) -> Env:
+        """The recorded arguments of a call and the live parameters."""
+        return {node: self._params[i]() if i in self._params else call.args[i] for i, node in enumerate(self.placeholders)}
+
+    def run(self, env: Env, start: int, stop: int, product: Callable[[Unit, fx.Node, Env], Any] | None) -> Any:
+        """Execute nodes ``start`` to ``stop`` on ``env``, dropping values that nothing later needs; ``product`` computes sites that are quantized already (None: it is not)."""
+        interpreter = fx.Interpreter(self.gm)
+        interpreter.env = env
+        for node in self.nodes[start:stop]:
+            if node.op == "output":
+                return interpreter.run_node(node)
+            value = product(self, node, env) if product is not None and "site" in node.meta else None
+            env[node] = interpreter.run_node(node) if value is None else value
+            for source in node.all_input_nodes:
+                if self._last[source] <= self._index[node]:
+                    env.pop(source, None)
+            if not node.users:
+                env.pop(node, None)
+        return None
+
+    def live_bytes(self, position: int) -> int:
+        """Bytes of computed values that nodes from ``position`` on need."""
+        live = [n for n in self.nodes[len(self.placeholders) : position] if self._last[n] >= position]
+        return sum(_nbytes(n.meta.get("example_value", n.meta.get("val"))) for n in live)
+
+    def best_cut(self, low: int, high: int) -> tuple[int, int]:
+        """(position, bytes) of the place in [low, high] where the fewest bytes are live; the last one of equals."""
+        return min(((position, self.live_bytes(position)) for position in range(low, high + 1)), key=lambda c: (c[1], -c[0]))
+
+    def private(self, env: Env, start: int, stop: int) -> Env:
+        """A copy of ``env`` whose tensors may be written to by the nodes between: the storages that they write to are cloned, views of them along."""
+        written: set[int] = set()
+        for node in self.nodes[start:stop]:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            root = node.args[0] if name in MUTATING and node.args else None
+            while isinstance(root, fx.Node) and root not in env and _is_view(root):
+                root = root.args[0]
+            if isinstance(root, fx.Node) and isinstance(env.get(root), Tensor):
+                written.add(env[root].untyped_storage().data_ptr())
+        if not written:
+            return dict(env)
+        clones: dict[int, Tensor] = {}
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() not in written:
+                return value
+            key = value.untyped_storage().data_ptr()
+            if key not in clones:
+                clones[key] = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage().clone())  # type: ignore[call-overload]
+            return clones[key].view(value.dtype).as_strided(value.shape, value.stride(), value.storage_offset())
+
+        return {node: copied(value) for node, value in env.items()}
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in VIEWS and bool(node.args)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        count = 1
+        for size in value.shape:
+            count *= size if isinstance(size, int) else int(getattr(size.node, "hint", 1) or 1)
+        return count * value.dtype.itemsize
+    return sum(map(_nbytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+@contextlib.contextmanager
+def as_recorded(unit: Unit) -> Iterator[None]:
+    """Outside any compile, without gradients, with the autocast that the calls ran under."""
+    device, dtype = unit.autocast or ("cpu", torch.bfloat16)
+    with compat.no_dispatch_modes(), torch.no_grad(), torch.autocast(device, dtype, enabled=unit.autocast is not None):
+        yield
+
+
+def advance(unit: Unit, group: Group, product: Callable[[Unit, fx.Node, Env], Any], see: Callable[[Env], None], budget: float, tick: Callable[[], None]) -> None:
+    """Bring every call of ``unit`` to the input of ``group`` and show it: ``see(env)`` with the values there. What is carried on the way stays carried."""
+    position, bytes_there = unit.best_cut(unit.cut, group.position)
+    narrowest = min((unit.best_cut(g.position, g.position)[1] for g in unit.groups), default=0)
+    carry = position > unit.cut and (bytes_there * len(unit.calls) <= budget or bytes_there <= NARROW * narrowest)
+    with as_recorded(unit):
+        for call in unit.calls:
+            if not call.env:
+                unit.begin(call)
+            if carry:
+                unit.run(call.env, unit.cut, position, product)
+            start = position if carry else unit.cut
+            env = unit.private(call.env, start, group.position)
+            unit.run(env, start, group.position, product)
+            see(env)
+            tick()
+    if carry:
+        unit.cut = position
+
+
+def finish(unit: Unit, product: Callable[[Unit, fx.Node, Env], Any], see: Callable[[Call, Any], None] | None = None) -> None:
+    """Run every call to its end, and keep its outputs for the units that read them."""
+    with as_recorded(unit):
+        for call in unit.calls:
+            if not call.env:
+                unit.begin(call)
+            call.outputs = unit.run(call.env, unit.cut, len(unit.nodes), product)
+            call.env = {}
+            if see is not None:
+                see(call, call.outputs)
+    unit.cut = len(unit.placeholders)
+
+
+def original(unit: Unit, call: Call) -> Any:
+    """What the call returns unquantized, computed again on copies of its arguments."""
+    with as_recorded(unit):
+        env = unit.private(unit.arguments(call), len(unit.placeholders), len(unit.nodes))
+        return unit.run(env, len(unit.placeholders), len(unit.nodes), None)
+
+
+def rows_of(unit: Unit, node: fx.Node, env: Env) -> tuple[Tensor, Tensor | None]:
+    """(rows (T, K) that a site's node reads, the expert of each row or None) from the values at its input."""
+    product = experts.resolve(node)
+    x = env[input_of(node)]
+    if not isinstance(product, experts.Experts):
+        return x.reshape(-1, x.shape[-1]), None
+    return experts.rows(product, x, None if product.index is None else env[product.index])

@@ -1,0 +1,313 @@
+"""Solve all sites of recorded calls in true sequential order: each sees its input as the quantized sites before it make it.
+
+The order is read off the graph; kin (q, k, v; gate, up) share one input, one set of statistics and one vector. At the end the outputs are compared with those of the original graphs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.core.errors import CalibrationError
+from qcompile.core.recipe import Choice
+from qcompile.core.solution import Solution
+from qcompile.core.stats import check_finite, merge_all, new, update_all
+from qcompile.memory import is_released
+from qcompile.passes import experts, producers
+from qcompile.passes.sites import Site, view
+from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
+from qcompile.solve import Member, Observed, Product, complete, decibels, first_needs, inverse, needs_data, prepare, then_needs
+from qcompile.weights import TABLE, fingerprint
+
+HELD = 2 << 30
+"""Bytes of dequantized weights that are kept beside the model, those of the sites last used."""
+AFRESH = ("histogram", "moving")
+"""Statistics that cannot be rescaled: taken again once the input is smoothed."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One line of the outcome: a site, what it was solved as, the SQNR of its output in dB, rows seen, seconds, and what was done instead of what was asked for."""
+
+    name: str
+    choice: str
+    decibels: float | None
+    tokens: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Quality:
+    """Outputs of the quantized units against the original ones: SQNR in dB, mean KL divergence of next-token distributions where the model has a head, and whether all is finite."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    divergence: float = 0.0
+    positions: int = 0
+    finite: bool = True
+
+    def see(self, exact: Tensor, y: Tensor, logits: bool) -> None:
+        """Add one output."""
+        self.finite &= bool(torch.isfinite(y).all())
+        self.signal += float(exact.double().square().sum())
+        self.noise += float((y.double() - exact.double()).square().sum())
+        if logits:
+            for a, b in zip(exact.reshape(-1, exact.shape[-1]).split(1024), y.reshape(-1, y.shape[-1]).split(1024)):
+                p, q = a.float().log_softmax(-1), b.float().log_softmax(-1)
+                self.divergence += float((p.exp() * (p - q)).sum())
+                self.positions += a.shape[0]
+
+    @property
+    def decibels(self) -> float | None:
+        """SQNR of all outputs."""
+        if not self.signal or not self.finite:
+            return None
+        return float("inf") if self.noise == 0 else 10 * float(torch.tensor(self.signal / self.noise, dtype=torch.float64).log10())
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over positions, in nats; None without a head."""
+        return self.divergence / self.positions if self.positions else None
+
+
+@dataclass
+class Outcome:
+    """What a sequence did."""
+
+    solved: list[Solved] = field(default_factory=list)
+    quality: Quality = field(default_factory=Quality)
+    tokens: int = 0
+
+
+class Watch:
+    """Takes statistics of the rows that a group reads, those of each expert apart where the group has any."""
+
+    def __init__(self, names: Sequence[str], k: int, count: int, device: torch.device, per_expert: Sequence[str], by: Tensor | None = None) -> None:
+        self._names, self._k, self._by, self._per_expert = names, k, by, per_expert
+        self.seen = Observed(new(names, k, device), 0, [Observed(new(per_expert, k, device), 0) for _ in range(count)] if count > 1 else ())
+
+    def take(self, rows: Tensor, which: Tensor | None, where: str) -> None:
+        """Add rows (T, K). Raises CalibrationError where they are not finite."""
+        if bad := check_finite(rows):
+            raise CalibrationError(f"{bad} values of the input of {where} are NaN or infinite in the calibration data, which cannot be calibrated on; the model is as it was")
+        if self._by is not None:
+            rows = rows / self._by if rows.dtype == torch.float64 else rows.float() / self._by
+        self.seen = Observed(update_all(self.seen.stats, rows, self._names), self.seen.tokens + rows.shape[0], self.seen.experts)
+        if which is not None:
+            for e in which.unique().tolist():
+                if e < len(self.seen.experts):
+                    one, mine = self.seen.experts[e], rows[which == e]
+                    self.seen.experts[e] = Observed(update_all(one.stats, mine, self._per_expert), one.tokens + mine.shape[0])  # type: ignore[index]
+
+    def merged(self) -> Observed:
+        """The statistics of all processes."""
+        return _across(self.seen)
+
+
+def _across(seen: Observed) -> Observed:
+    """Merged over the process group, where there is one."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return seen
+    device = next((t.device for state in seen.stats.values() for t in state.values()), torch.device("cpu"))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _moved(seen, torch.device("cpu")))
+    whole: Observed = gathered[0]
+    for other in gathered[1:]:
+        parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
+        whole = Observed(merge_all(whole.stats, other.stats), whole.tokens + other.tokens, parts)
+    return _moved(whole, device)
+
+
+def _moved(seen: Observed, device: torch.device) -> Observed:
+    return Observed({n: {k: t.to(device) for k, t in s.items()} for n, s in seen.stats.items()}, seen.tokens, [_moved(e, device) for e in seen.experts])
+
+
+class Run:
+    """The state of one run: products of solved sites, results."""
+
+    def __init__(self, units: Sequence[Unit], budget: float, tick: Callable[[], None], said: Callable[[Solved], None]) -> None:
+        self.units, self.budget, self.tick, self.said = units, budget, tick, said
+        self.outcome = Outcome(tokens=0)
+        self._products: OrderedDict[tuple[Any, ...], Product] = OrderedDict()
+        self._finished: set[int] = set()
+        self._places: dict[tuple[int, tuple[str, ...]], producers.Place] = {}
+
+    def run(self, again: bool) -> Outcome:
+        """Solve every group, in the order of the graphs; ``again``: those, too, that have a solution."""
+        order = list(stages(self.units))
+        last = {id(unit): i for i, stage in enumerate(order) for unit, _ in stage}
+        for i, stage in enumerate(order):
+            for unit in self.units[: self.units.index(stage[0][0])]:
+                if last.get(id(unit), -1) < i:
+                    self._finish(unit)
+            self._group(stage, again)
+        for unit in self.units:
+            self._finish(unit)
+        return self.outcome
+
+    def _finish(self, unit: Unit) -> None:
+        if id(unit) in self._finished:
+            return
+        self._finished.add(id(unit))
+        last = unit is self.units[-1]
+        head = next((s.n for s in unit.sites.values() if s.role == "head"), None)
+
+        def compare(call: Call, outputs: Any) -> None:
+            if not (last or head):
+                return
+            pairs = [(a, b) for a, b in zip(_tensors(original(unit, call)), _tensors(outputs)) if a.is_floating_point() and a.numel()]
+            chosen = [p for p in pairs if head is not None and p[0].shape[-1] == head] or pairs
+            for exact, y in chosen[:1]:
+                self.outcome.quality.see(exact, y, head is not None and exact.shape[-1] == head)
+
+        finish(unit, self.product, compare)
+
+    def _group(self, stage: Sequence[tuple[Unit, Group]], again: bool) -> None:
+        unit, group = stage[0]
+        members = [self._member(unit, name) for name in group.names]
+        members = [m for m in members if again or self._solution(unit, m.site, m.choice) is None]
+        for batch in _alike(members):
+            self._solve(stage, unit, group, batch)
+
+    def _solve(self, stage: Sequence[tuple[Unit, Group]], unit: Unit, group: Group, members: list[Member]) -> None:
+        start = time.perf_counter()
+        choice, k, names = members[0].choice, members[0].site.k, [m.site.name for m in members]
+        if not needs_data(choice):
+            solutions = complete(members, Solution(), Observed({}, 0))
+            seen = None
+        else:
+            first, then = first_needs(choice), then_needs(choice)
+            afresh = [name for name in then if name in AFRESH] if first else []
+            count, device = max(m.site.experts for m in members), members[0].weight.device
+            watch = self._watch(stage, names, Watch(tuple(dict.fromkeys((*first, *(n for n in then if n not in afresh), "samples"))), k, count, device, then))
+            seen = watch.merged()
+            if seen.tokens == 0:
+                raise CalibrationError(f"the calibration data gave {names[0]} no rows; call the model with data that is typical")
+            spot = self._places.setdefault((id(unit), tuple(names)), producers.place(unit.gm, names)) if first else None
+            shared = prepare(members, seen, lambda v: producers.shared(v, spot) if spot is not None else v)
+            s = inverse(shared, k, device)
+            at = seen if s is None else seen.rescaled(s)
+            if afresh:
+                second = self._watch(stage, names, Watch(tuple(afresh), k, 1, device, (), s)).merged()
+                at = Observed({**at.stats, **second.stats}, at.tokens, at.experts)
+            solutions = complete(members, shared, at)
+        for member, solution in zip(members, solutions):
+            solution.state = fingerprint(unit.parameter(member.site))
+            self._keep(unit, member, solution)
+            rows = seen.stats["samples"]["rows"] if seen is not None and member.weight.dim() == 2 else None
+            if rows is not None and rows.numel():
+                rows = rows.float()
+                exact = rows @ member.weight.float().T
+                solution.decibels = decibels(exact, Product(solution, member.choice, member.weight, torch.float32)(rows))
+            line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, (time.perf_counter() - start) / len(members), solution.notes)
+            self.outcome.solved.append(line)
+            self.outcome.tokens = max(self.outcome.tokens, solution.tokens)
+            self.said(line)
+
+    def _watch(self, stage: Sequence[tuple[Unit, Group]], names: Sequence[str], watch: Watch) -> Watch:
+        """Take statistics of a group's input in all units that have it."""
+        for unit, group in stage:
+            node = next(n for n in unit.nodes if n.meta.get("site") in group.names)
+
+            def see(env: Env, unit: Unit = unit, node: fx.Node = node) -> None:
+                watch.take(*rows_of(unit, node, env), names[0])
+
+            advance(unit, group, self.product, see, self.budget, self.tick)
+        return watch
+
+    def _member(self, unit: Unit, name: str) -> Member:
+        site = unit.sites[name]
+        p = unit.parameter(site)
+        if is_released(p):
+            raise CalibrationError(f"the 16-bit weight of {site.path} was released: load the model's weights again before it is calibrated")
+        return Member(site, unit.plan[name], view(p.detach(), site.view))
+
+    def _solution(self, unit: Unit, site: Site, choice: Choice) -> Solution | None:
+        return TABLE.record(unit.parameter(site), site.path).solutions.get(solution_key(site, choice))
+
+    def _keep(self, unit: Unit, member: Member, solution: Solution) -> None:
+        TABLE.solve(unit.parameter(member.site), solution_key(member.site, member.choice), solution, member.site.path)
+
+    def product(self, unit: Unit, node: fx.Node, env: Env) -> Any:
+        """The value of a solved site's node; None where the site keeps its bits or is not solved yet."""
+        site, choice = unit.sites[node.meta["site"]], unit.plan[node.meta["site"]]
+        if not isinstance(choice, Choice):
+            return None
+        p = unit.parameter(site)
+        solution = self._solution(unit, site, choice)
+        if solution is None or solution.q is None:
+            return None
+        dtype = node.meta["example_value"].dtype
+        key = (id(p), *solution_key(site, choice), dtype)
+        made = self._products.get(key)
+        if made is None:
+            made = self._products[key] = Product(solution, choice, view(p.detach(), site.view), dtype)
+            while sum(m.nbytes for m in self._products.values()) > HELD and len(self._products) > 1:
+                self._products.popitem(last=False)
+        self._products.move_to_end(key)
+        how = experts.resolve(node)
+        with torch.autocast(p.device.type, enabled=False):
+            if isinstance(how, experts.Experts):
+                return self._experts(unit, node, env, how, made)
+            x, bias = env[node.args[0]], node.args[2] if len(node.args) > 2 else None  # type: ignore[index]
+            y = made(x.to(dtype))
+            return y if bias is None else y + env[bias].to(dtype)  # type: ignore[index]
+
+    def _experts(self, unit: Unit, node: fx.Node, env: Env, how: experts.Experts, made: Product) -> Tensor:
+        x = env[how.x]
+        rows, which = experts.rows(how, x, None if how.index is None else env[how.index])
+        y = rows.new_zeros((rows.shape[0], made.dense.shape[-2]))
+        for e in which.unique().tolist():
+            if e < made.dense.shape[0]:
+                y[which == e] = made(rows[which == e], e).to(y.dtype)
+        return experts.shaped(how, y, x)
+
+
+def stages(units: Sequence[Unit]) -> Iterator[list[tuple[Unit, Group]]]:
+    """Groups in the order in which the units were first called; a group that several units read is one stage of all of them."""
+    found: dict[tuple[Any, ...], list[tuple[Unit, Group]]] = {}
+    for unit in units:
+        for group in unit.groups:
+            site = unit.sites[group.names[0]]
+            found.setdefault((id(unit.parameter(site)), site.view, use(site.name)), []).append((unit, group))
+    yield from found.values()
+
+
+def use(site: str) -> str:
+    """Which use of its parameter a site is: "" the first in its graph, "@2" the second."""
+    return "@" + site.rpartition("@")[2] if "@" in site else ""
+
+
+def solution_key(site: Site, choice: Choice) -> tuple[str, str, str]:
+    """Key of a site's solution in the record of its parameter."""
+    return site.view, use(site.name), choice.key
+
+
+def found(choice: Choice, solution: Solution) -> Choice:
+    """The choice with what its solution decided."""
+    columns = 0 if solution.outliers is None else int(solution.outliers.numel())
+    return replace(choice, smooth=solution.smooth is not None, outliers=columns, corrected=solution.bias is not None)
+
+
+def _alike(members: Sequence[Member]) -> list[list[Member]]:
+    """Members whose input is treated the same way."""
+    sets: dict[Any, list[Member]] = {}
+    for m in members:
+        sets.setdefault((m.choice.input, m.choice.methods), []).append(m)
+    return list(sets.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values: Sequence[Any] = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [t for v in values for t in _tensors(v)]

@@ -1,0 +1,243 @@
+"""From the statistics of an input and the weights that read it to their Solutions: the recipe's transforms, outliers, solver, range and bias, in the recipe's order.
+
+Nothing here runs a graph. ``qcompile.sequence`` takes the statistics site by site on a replay of recorded calls; a calibration that was loaded from a file brings its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qcompile.core.errors import CalibrationError, OptionError, unknown
+from qcompile.core.qtensor import QTensor, dequantize
+from qcompile.core.ranges import NEEDS, needed, static_range
+from qcompile.core.recipe import Choice, Method
+from qcompile.core.solution import Solution
+from qcompile.core.stats import Stats, rescale_all
+from qcompile.kernels.quantize import reference as quantize_input
+from qcompile.kernels.scaled_linear import values
+from qcompile.passes import SOLVERS, TRANSFORMS, bias, outliers
+from qcompile.passes.gptq import stackable
+from qcompile.passes.method import Linears
+from qcompile.passes.sites import Site
+
+SETTINGS = {"outliers": ("threshold", "columns", "dynamic"), "range": ("rule",), "bias": ()}
+"""Steps of a recipe that are neither a transform nor a solver, and their arguments."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One site of a group: its choice and its weight, (N, K) or (E, N, K), as the site reads it."""
+
+    site: Site
+    choice: Choice
+    weight: Tensor
+
+
+@dataclass
+class Observed:
+    """Statistics of one input and how many rows they are of; for stacked experts also those of the rows of each."""
+
+    stats: Stats
+    tokens: int
+    experts: Sequence[Observed] = ()
+
+    def rescaled(self, s: Tensor) -> Observed:
+        """Of ``x / s``; what cannot be known is left out."""
+        return Observed(rescale_all(self.stats, s), self.tokens, [e.rescaled(s) for e in self.experts])
+
+
+def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
+    """Raises OptionError for a step that does not exist, an argument that it does not take, or two solvers."""
+    solvers = [m.name for m in methods if m.name in SOLVERS]
+    if len(solvers) > 1:
+        raise OptionError(f"{where} names {len(solvers)} solvers: {', '.join(solvers)}; a weight is rounded once")
+    for method in methods:
+        if method.name not in (*TRANSFORMS, *SOLVERS, *SETTINGS):
+            raise unknown("pass", method.name, [*TRANSFORMS, *SOLVERS, *SETTINGS], where)
+        row = TRANSFORMS.get(method.name) or SOLVERS.get(method.name)
+        known = SETTINGS[method.name] if row is None else _arguments(row.fn)
+        for key in method.options:
+            if key not in known:
+                raise unknown("argument", key, known or ["none"], f"{method} in {where}")
+        if method.name == "range" and method.options.get("rule") not in NEEDS:
+            raise unknown("range rule", method.options.get("rule"), NEEDS, f"{method} in {where}")
+
+
+def _arguments(fn: Callable[..., object]) -> list[str]:
+    import inspect
+
+    return [p.name for p in inspect.signature(fn).parameters.values() if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
+
+
+def first_needs(choice: Choice) -> tuple[str, ...]:
+    """Statistics of the input as it is: for transforms and static outliers."""
+    found = [name for m in choice.methods if m.name in TRANSFORMS for name in TRANSFORMS[m.name].needs]
+    return tuple(dict.fromkeys([*found, *(["absmax"] if any(m.name == "outliers" and not m.options.get("dynamic") for m in choice.methods) else [])]))
+
+
+def then_needs(choice: Choice) -> tuple[str, ...]:
+    """Statistics of the input as the quantized product reads it: for the solver, the bias and the range."""
+    found = [name for m in choice.methods if m.name in SOLVERS for name in SOLVERS[m.name].needs]
+    found += ["moments"] if any(m.name == "bias" for m in choice.methods) else []
+    return tuple(dict.fromkeys([*found, *([needed(rule_of(choice), choice.input)] if choice.input is not None and choice.input.static else [])]))
+
+
+def needs_data(choice: Choice) -> bool:
+    """Something about this site has to be calibrated."""
+    return bool(first_needs(choice) or then_needs(choice))
+
+
+def rule_of(choice: Choice) -> str:
+    """The range rule of a static input."""
+    return next((str(m.options["rule"]) for m in choice.methods if m.name == "range"), "absmax")
+
+
+def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor], Tensor]) -> Solution:
+    """What belongs to the input and is shared by all members: the vector of the transforms, made ``legal`` for the place where it goes, and the static outlier columns."""
+    shared = Solution(tokens=seen.tokens)
+    choice = members[0].choice
+    for method in choice.methods:
+        if method.name in TRANSFORMS:
+            s = torch.ones(members[0].site.k, device=members[0].weight.device) if shared.smooth is None else shared.smooth
+            at = seen.rescaled(s) if shared.smooth is not None else seen
+            v = TRANSFORMS[method.name].fn(Linears(_matrices(members, s), _schemes(members), choice.input, at.stats), **method.options)
+            shared.smooth = legal(s * v.float())
+    for method in choice.methods:
+        if method.name == "outliers" and not method.options.get("dynamic"):
+            stats = seen.rescaled(shared.smooth).stats if shared.smooth is not None and method.options.get("columns") else seen.stats
+            shared.outliers = outliers.columns(stats, **method.options)  # type: ignore[arg-type]
+    return shared
+
+
+def inverse(shared: Solution, k: int, device: torch.device) -> Tensor | None:
+    """The vector (K,) that divides the input of the dense product: infinite at outlier columns, whose statistics then are those of zeros. None where there is nothing to divide by."""
+    if shared.smooth is None and shared.outliers is None:
+        return None
+    s = torch.ones(k, device=device) if shared.smooth is None else shared.smooth.clone()
+    if shared.outliers is not None:
+        s[shared.outliers] = float("inf")
+    return s
+
+
+def complete(members: Sequence[Member], shared: Solution, seen: Observed) -> list[Solution]:
+    """The members' solutions: codes, static range, correction. ``seen`` is the input as the dense product reads it."""
+    out = [replace(shared, notes=()) for _ in members]
+    choice = members[0].choice
+    if choice.input is not None and choice.input.static:
+        scale, zero = static_range(rule_of(choice), seen.stats, choice.input)
+        for s in out:
+            s.range = tuple(t.reshape(1) for t in (scale, zero) if t is not None)
+    for batch in _batches(members):
+        start = time.perf_counter()
+        for i, q, notes in _solve(batch, members, out, seen):
+            out[i].q, out[i].notes = q, (*shared.notes, *notes)
+            out[i].seconds = (time.perf_counter() - start) / len(batch)
+    if any(m.name == "bias" for m in choice.methods):
+        moments = seen.stats["moments"]
+        mean = (moments["sum"] / moments["count"].clamp(min=1)).float()
+        for m, s in zip(members, out):
+            if m.weight.dim() == 2 and s.q is not None:
+                s.bias = bias.correction(s.prepared(m.weight), s.q, mean)
+    return out
+
+
+def _solve(batch: Sequence[int], members: Sequence[Member], out: Sequence[Solution], seen: Observed) -> list[tuple[int, QTensor, tuple[str, ...]]]:
+    """Codes of the members of a batch, which share a solve: their rows are stacked, and taken apart again."""
+    first = members[batch[0]]
+    method = next((m for m in first.choice.methods if m.name in SOLVERS), Method("rtn"))
+    scheme = first.choice.weight
+    if first.weight.dim() == 3:
+        parts, notes = [], []
+        for e in range(first.weight.shape[0]):
+            its = seen.experts[e] if seen.experts else seen
+            use, w = method, out[batch[0]].prepared(first.weight[e])
+            if SOLVERS[method.name].needs and its.tokens == 0:
+                use = Method("rtn")
+                notes.append(f"expert {e} saw no token: rounded to nearest")
+            parts.append(SOLVERS[use.name].fn(w, scheme, its.stats, **use.options).flatten())
+        q = QTensor.unflatten([torch.stack(t) for t in zip(*parts)], scheme, first.site.k)
+        return [(batch[0], q, tuple(notes))]
+    stacked = torch.cat([out[i].prepared(members[i].weight) for i in batch])
+    q = SOLVERS[method.name].fn(stacked, scheme, seen.stats, **method.options)
+    note: tuple[str, ...] = ()
+    if "hessian" in SOLVERS[method.name].needs and seen.tokens < first.site.k:
+        note = (f"{seen.tokens} tokens for {first.site.k} input channels: the Hessian is singular and leans on its damping",)
+    if len(batch) == 1:
+        return [(batch[0], q, note)]
+    ends = torch.tensor([0, *(members[i].site.n for i in batch)]).cumsum(0).tolist()
+    flat = q.flatten()
+    return [(i, QTensor.unflatten([t[a:b].contiguous() for t in flat], scheme, q.k), note) for i, a, b in zip(batch, ends, ends[1:])]
+
+
+def _batches(members: Sequence[Member]) -> list[list[int]]:
+    """Indices of members that are solved together: the same scheme, and groups that do not span rows."""
+    found: dict[str, list[int]] = {}
+    for i, m in enumerate(members):
+        alone = m.weight.dim() == 3 or not stackable([m.choice.weight])
+        found.setdefault(f"{m.choice.weight} {i}" if alone else str(m.choice.weight), []).append(i)
+    return list(found.values())
+
+
+def _matrices(members: Sequence[Member], s: Tensor) -> list[Tensor]:
+    return [w.float() * s for m in members for w in (m.weight if m.weight.dim() == 3 else [m.weight])]
+
+
+def _schemes(members: Sequence[Member]) -> list:  # type: ignore[type-arg]
+    return [m.choice.weight for m in members for _ in range(m.weight.shape[0] if m.weight.dim() == 3 else 1)]
+
+
+class Product:
+    """A solved site as plain torch: what the compiled graph will compute, in the dtype of its input."""
+
+    def __init__(self, solution: Solution, choice: Choice, weight: Tensor, dtype: torch.dtype) -> None:
+        assert solution.q is not None
+        self.solution, self.choice = solution, choice
+        self.dense = dequantize(solution.q, torch.float32).to(dtype)
+        split = solution.outliers is not None and solution.outliers.numel() > 0
+        self.kept = solution.kept(weight).to(dtype) if split else None
+        self.nbytes = self.dense.nbytes + (self.kept.nbytes if self.kept is not None else 0)
+
+    def __call__(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """(..., K) -> (..., N)."""
+        s, w = self.solution, self.dense if expert is None else self.dense[expert]
+        x = s.divided(x)
+        extra: Tensor | None = None
+        if (how := outliers.dynamic(self.choice)) is not None and x.numel():
+            peak = x.abs().reshape(-1, x.shape[-1]).amax(0)
+            index = peak.topk(min(how.columns, x.shape[-1])).indices
+            index = index[peak[index] >= how.threshold]
+            extra = x[..., index] @ w[:, index].T
+            x = x.index_fill(-1, index, 0)
+        elif self.kept is not None and s.outliers is not None:
+            extra = x[..., s.outliers] @ self.kept.T
+            x = x.index_fill(-1, s.outliers, 0)
+        if self.choice.input is not None:
+            given = list(s.range) if self.choice.input.static else []
+            codes, *scale = quantize_input(x, given, str(self.choice.input))
+            x = values(codes, scale or given, self.choice.input).to(x.dtype)
+        y = x @ w.T if extra is None else x @ w.T + extra
+        return y if s.bias is None else y + s.bias.to(y.dtype)
+
+
+def decibels(exact: Tensor, y: Tensor) -> float | None:
+    """Signal to quantization noise of an output, in dB; None where there is no signal, infinite where there is no noise."""
+    signal, noise = (float(t.double().square().sum()) for t in (exact, y.double() - exact.double()))
+    return None if signal == 0 else float("inf") if noise == 0 else 10 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+
+
+def from_statistics(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor], Tensor], what: str) -> list[Solution]:
+    """Solutions from statistics that were taken earlier on the unquantized model. Raises CalibrationError where one that is needed is missing."""
+    choice, stats = members[0].choice, seen.stats
+    if missing := [name for name in (*first_needs(choice), *then_needs(choice)) if name not in stats]:
+        raise CalibrationError(f"{what} holds no {', '.join(missing)} of {members[0].site.path}, which {choice.key} needs; it holds {', '.join(stats) or 'nothing'}")
+    shared = prepare(members, seen, legal)
+    s = inverse(shared, members[0].site.k, members[0].weight.device)
+    then = seen if s is None else seen.rescaled(s)
+    if missing := [name for name in then_needs(choice) if name not in then.stats]:
+        raise CalibrationError(f"{', '.join(missing)} of {members[0].site.path} is not known once its input is smoothed or split: take range(rule='absmax'), or calibrate with data")
+    return complete(members, shared, then)
