@@ -37,10 +37,8 @@ class Grid:
     @property
     def top(self) -> float:
         """Where a symmetric scale puts the absolute maximum."""
-        if self.kind == "int":
-            return 2.0 ** (self.bits - 1) - 1
-        if self.kind == "nf4":
-            return 1.0
+        if self.kind != "float":
+            return 1.0 if self.kind == "nf4" else 2.0 ** (self.bits - 1) - 1
         man = self.bits - 1 - self.exp
         lost = 1 if (self.exp, man) == (4, 3) else 0  # OCP E4M3 spends its last code on NaN: 448, not 480
         return (2 - 2.0**-man * (1 + lost)) * 2.0 ** (2**self.exp - 1 - (2 ** (self.exp - 1) - 1))
@@ -55,12 +53,10 @@ class Grid:
         if self.point:
             low, high = shrink * lines.amin(1, True).clamp(max=0), shrink * lines.amax(1, True).clamp(min=0)
             scale = (high - low) / (2.0**self.bits - 1)
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            zero = (-low / scale).round()
         else:
-            scale = shrink * lines.abs().amax(1, True) / self.top
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            zero = torch.zeros_like(scale)
+            low, scale = None, shrink * lines.abs().amax(1, True) / self.top
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.zeros_like(scale) if low is None else (-low / scale).round()
         return scale.expand_as(lines).reshape(t.shape), zero.expand_as(lines).reshape(t.shape)
 
     def snap(self, t: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def _site(node: fx.Node, x: fx.Node, parameter: fx.Node, how: str, tables: set[t
     product = experts.resolve(node)
     by_column = isinstance(product, experts.Experts) and product.form == "weight_first"  # rows are (S, K, 1)
     m = 0 if read is None else rows((read.shape[0], k) if by_column else read.shape)
-    return Site(name, path, param, how, n, k, stack[0] if stack else 1, role, m, value.dtype, value.device.type)
+    return Site(name, path, param, how, n, k, stack[0] if stack else 1, role, m, value.dtype, value.device.type, stored=parameter.meta.get("stored"))
 
 
 def _with_kin(site: Site, kin: tuple[str, ...]) -> Site:

@@ -97,7 +97,7 @@ class _Builder:
     def _split(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice) -> outliers.Split | None:
         """The outlier columns of x apart from the others, once for all kin."""
         dynamic = outliers.dynamic(choice)
-        if not choice.outliers and dynamic is None:
+        if (not choice.outliers and dynamic is None) or 0 in example(x).shape:  # no rows, nothing large
             return None
         first, theirs = leader(self.gm, site, choice)
         key = (x, first.name)

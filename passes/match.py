@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -24,13 +26,17 @@ def match(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Fill ``gm.meta["plan"]`` (site name -> Choice or Skip) from ``context.recipe``; ``gm.meta["unused_rules"]`` lists rules that no site matched."""
     recipe: Recipe = context.recipe
     used: set[int] = set()
-    plan: Plan = {}
-    for site in gm.meta["sites"].values():
-        plan[site.name] = decide(site, recipe, used)
-    gm.meta["plan"] = plan
+    gm.meta["plan"] = plan = plan_of(gm.meta["sites"], recipe, used)
     gm.meta["unused_rules"] = [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]
     gm.meta["note"] = f"{sum(isinstance(c, Choice) for c in plan.values())} of {len(plan)} linears get a scheme"
     return gm
+
+
+def plan_of(sites: Mapping[str, Site], recipe: Recipe, used: set[int] | None = None) -> Plan:
+    """What every site gets. A model that holds codes already is left as it is by a recipe that nobody named."""
+    done = recipe.implied and any(site.stored for site in sites.values())
+    left = Skip("the model is quantized already; name a recipe to quantize what it left")
+    return {site.name: left if done and site.stored is None else decide(site, recipe, used) for site in sites.values()}
 
 
 def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice | Skip:
@@ -41,7 +47,11 @@ def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice |
                 used.add(i)
             if rule.weight is None:
                 return Skip(f"rule {rule.pattern!r} keeps 16 bits")
+            if site.stored is not None:
+                return replace(site.stored, why=f"stored; rule {rule.pattern!r} comes too late")
             return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}", recipe.methods)
+    if site.stored is not None:
+        return site.stored
     if site.role == "head":
         if recipe.head in (None, KEEP):
             return Skip("the head keeps 16 bits unless `head` names a scheme")

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from qcompile.core.recipe import Choice
+
 Role = Literal["linear", "head", "router", "experts"]
 
 
@@ -26,7 +28,7 @@ class Site:
     """A found linear. ``name`` is unique in the graph; ``path`` is what rules match (the module's name, or the parameter's where it is not called "weight").
 
     ``view`` says how the (experts,) N x K matrix is read off the parameter (see the function of that name).
-    ``kin`` are the sites that read the same input; ``m`` the rows of the example input.
+    ``kin`` are the sites that read the same input; ``m`` the rows of the example input; ``stored`` is the choice of a weight that the module already holds as codes.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Site:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     kin: tuple[str, ...] = ()
+    stored: Choice | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,18 +1,23 @@
 """qcompile: a ``torch.compile`` backend that makes models small and fast by quantizing them."""
 
 from qcompile import kernels as kernels
-from qcompile.core.errors import OptionError, QcompileError, QcompileWarning, StrictError, WeightError
+from qcompile.calibrate import calibrate
+from qcompile.core.errors import CalibrationError, OptionError, QcompileError, QcompileWarning, StrictError, WeightError
 from qcompile.core.formats import FORMATS, Format
 from qcompile.core.recipe import RECIPES, Recipe, Rule, find_recipe
 from qcompile.core.scheme import Scheme
 from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights
+from qcompile.quantize import quantize
 from qcompile.report import Report
+from qcompile.statistics import Calibration
 
 __version__ = "0.1.0"
 __all__ = [
     "FORMATS",
     "RECIPES",
+    "Calibration",
+    "CalibrationError",
     "Format",
     "OptionError",
     "QcompileError",
@@ -23,8 +28,10 @@ __all__ = [
     "Scheme",
     "StrictError",
     "WeightError",
+    "calibrate",
     "explain",
     "find_recipe",
+    "quantize",
     "refresh",
     "release_weights",
 ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import qcompile
-from qcompile import compat
+from qcompile import compat, stored
 from qcompile.calibrate import Recorder, renamed, session, settle
 from qcompile.capture import capture
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
@@ -35,7 +35,7 @@ from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
-from qcompile.passes.match import decide, signature
+from qcompile.passes.match import plan_of, signature
 from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.weights import TABLE, Binding, owners
@@ -90,6 +90,7 @@ class CompiledGraph:
         if self.options.dump:
             dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
         self._report_refusals()
+        stored.unfold(lowered)
         kept = self._drop_unread_weights(lowered)
         self._pin(lowered, inputs)
         self.lowered = lowered
@@ -212,7 +213,7 @@ class CompiledGraph:
         gm = compat.copy_graph(self.matched)
         sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
         gm.meta["sites"] = sites
-        gm.meta["plan"] = {name: decide(site, self.options.recipe) for name, site in sites.items()}
+        gm.meta["plan"] = plan_of(sites, self.options.recipe)
         _, choices = self.calibrate(gm, args)
         gm.meta["plan"] = {**gm.meta["plan"], **choices}
         return signature(gm)
@@ -235,7 +236,7 @@ class CompiledGraph:
 
     def _renamed(self, site: Site, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> Site:
         _, path, name = names.get(id(args[site.param.index]), (None, "", ""))
-        full = f"{path}.{name}".strip(".") if not self.options.root else site.param.path
+        full = stored.plain(path, name) if not self.options.root else site.param.path
         path = full.removesuffix(".weight") or site.path
         return replace(site, path=path, name=path, param=replace(site.param, path=full or site.param.path))
 

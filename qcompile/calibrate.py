@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile import compat
+from qcompile import compat, stored
 from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
+from qcompile.gate import enforce
 from qcompile.missed import functions
 from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
@@ -44,14 +45,16 @@ _SESSIONS: list[Session] = []
 class Session:
     """One sitting. ``memory`` bounds the bytes of recorded calls, and of values carried from site to site in the replay."""
 
-    def __init__(self, fast: Any, progress: bool = True, memory: str | int | None = None) -> None:
-        self.fast, self.progress = fast, progress
+    def __init__(self, fast: Any, progress: bool = True, memory: str | int | None = None, folder: Any = None) -> None:
+        self.fast, self.progress, self.folder = fast, progress, folder
         self.budget = budget(memory)
         self.units: list[Unit] = []
         self.outcome = Outcome()
+        self.strict = False
+        """What is wrong with the quantized model is an error: some graph was compiled with options["strict"]."""
         self.calibration: Calibration | None = None
         self._bytes, self._left_out = 0, 0
-        self._made: dict[int, tuple[weakref.ref[Tensor], Call, int]] = {}
+        self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
@@ -61,24 +64,34 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        _SESSIONS.remove(self)
-        self._stack.close()
-        _forget_code(self.fast)
-        self._made.clear()
-        known = [u for u in KEPT if u.alive and u not in self.units]
-        mine = [u for u in known if any(u.shares(v) for v in self.units)]
+        self._close()
+        known = [u for u in _linked([u for u in KEPT if u.alive and u.sites], KEPT) if u not in self.units]
+        mine = _linked([u for u in known if any(u.agrees(v) for v in self.units)], known)
         KEPT[:] = [*known, *self.units]
         if kind is not None:  # what was recorded is kept; the model is as it was
             return
+        if not self.units and self._left_out:
+            raise CalibrationError(f"{self.budget} bytes of memory hold no call of the model: raise memory= to at least what its inputs take")
         if not self.units:
             raise CalibrationError("no graph of qcompile ran while calibrating: call the compiled model (torch.compile(model, backend='qcompile', ...)) inside the context")
         if self._left_out:
             warnings.warn(f"qcompile: {self._left_out} calls were not recorded: the memory for calibration ({self.budget >> 20} MiB) was full", QcompileWarning, stacklevel=2)
-        self.outcome = solve([*mine, *self.units], self.budget, self.progress, again=True)
+        try:
+            self.outcome = solve([*mine, *self.units], self.budget, self.progress, again=True, folder=self.folder)
+        except CalibrationError:
+            KEPT[:] = known  # what cannot be calibrated on does not come back in the next sitting
+            raise
         self.calibration = Calibration([*mine, *self.units], self.outcome, self.budget)
         if sum(c.nbytes for u in self.units for c in u.calls) > KEEP_BYTES:
             KEPT[:] = known
         _warn_of(self.outcome)
+        enforce(self.outcome, self.strict, [*mine, *self.units])
+
+    def _close(self) -> None:
+        _SESSIONS.remove(self)
+        self._stack.close()
+        _forget_code(self.fast)
+        self._made.clear()
 
     def record(self, unit: Unit, args: Sequence[Any]) -> Call | None:
         """Keep a call, unless the memory for calls is full."""
@@ -92,15 +105,32 @@ class Session:
         links = {}
         for i, a in enumerate(args):
             made = self._made.get(id(a)) if isinstance(a, Tensor) else None
-            if made is not None and made[0]() is a:
-                links[i] = made[1:]
+            if made is not None and made[0]() is a and made[1] == _version(a):  # as it was returned: not written to since
+                links[i] = made[2:]
         return unit.record(args, links)
 
     def returned(self, call: Call, outputs: Any) -> None:
         """Remember what a call returned: a later graph may read it."""
         for i, value in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
             if isinstance(value, Tensor):
-                self._made[id(value)] = (weakref.ref(value), call, i)
+                self._made[id(value)] = (weakref.ref(value), _version(value), call, i)
+
+
+def _version(value: Tensor) -> int:
+    return -1 if value.is_inference() else value._version
+
+
+def _linked(units: Sequence[Unit], among: Sequence[Unit]) -> list[Unit]:
+    """The units, and those whose outputs they read (they may have no linear of their own), in the order of ``among``."""
+    wanted, front = {id(u) for u in units}, list(units)
+    maker = {id(c): u for u in among for c in u.calls}
+    while front:
+        for earlier, _ in (link for c in front.pop().calls for link in c.links.values()):
+            unit = maker.get(id(earlier))
+            if unit is not None and id(unit) not in wanted:
+                wanted.add(id(unit))
+                front.append(unit)
+    return [u for u in among if id(u) in wanted]
 
 
 class Recorder:
@@ -108,6 +138,7 @@ class Recorder:
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Any, session: Session) -> None:
         self._gm, self._options, self._session = gm, options, session
+        session.strict |= options.strict
         self._captured = capture(gm, inputs, options.root)
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._units: dict[tuple[int, ...], Unit] = {}
@@ -129,9 +160,12 @@ class Recorder:
         gm = self._captured
         if self._units:
             gm = renamed(gm, args, owners())
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-        autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, autocast)
+        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, _autocast(args))
+
+
+def _autocast(args: Sequence[Any]) -> tuple[str, torch.dtype] | None:
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def renamed(captured: fx.GraphModule, args: Sequence[Any], names: Mapping[int, tuple[nn.Module, str, str]]) -> fx.GraphModule:
@@ -177,8 +211,8 @@ def call(fast: Any, batch: Any) -> Any:
     return fast(*batch) if isinstance(batch, (tuple, list)) else fast(batch)
 
 
-def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool) -> Outcome:
-    """Solve all sites of the units on a replay of their calls."""
+def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool, folder: Any = None) -> Outcome:
+    """Solve all sites of the units on a replay of their calls; ``folder`` keeps what was solved and gives back what an interrupted run kept."""
     from qcompile.progress import bar
 
     total = sum(len(u.calls) * len(u.groups) for u in units)
@@ -187,7 +221,7 @@ def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool) -> Ou
         def said(line: Solved) -> None:
             step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else ""))
 
-        return Run(units, memory, lambda: step(1), said).run(again)
+        return Run(units, memory, lambda: step(1), said, folder).run(again)
 
 
 def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str, dict[str, Choice]]:
@@ -200,25 +234,30 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
     for site, choice in sites.values():
         record = TABLE.record(inputs[site.param.index], site.path)
         if solution_key(site, choice) not in record.solutions:
-            if needs_data(choice):
+            if site.stored is not None:
+                owner = stored.of(inputs[site.param.index], owners())
+                assert owner is not None
+                TABLE.solve(inputs[site.param.index], solution_key(site, choice), stored.live(owner), site.path)
+            elif needs_data(choice):
                 missing.append(site)
             else:
                 TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(), site.path)
     if missing and options.calibration is not None:
-        note = _from_calibration(gm, inputs, options.calibration, {s.name for s in missing})
+        note = _from_calibration(gm, inputs, options.calibration, [s.name for s in missing])
     elif missing:
-        own = Unit(gm, inputs)
+        own = Unit(gm, inputs, _autocast(inputs))
         kept = [u for u in KEPT if u.alive and u.shares(own) and all(s.name in u.sites and u.plan[s.name] == gm.meta["plan"][s.name] for s in missing)]
         if not kept:
             own.record([concrete(a) for a in inputs])
         outcome = solve(kept or [own], budget(options.calibration_memory), progress=False, again=False)
         _warn_of(outcome)
+        enforce(outcome, options.strict, kept or [own])
         note = f"calibrated {len(missing)} linears on " + ("what was recorded" if kept else "the first call") + f", which had {outcome.tokens} tokens"
     choices = {name: found(choice, TABLE.record(inputs[site.param.index], site.path).solutions[solution_key(site, choice)]) for name, (site, choice) in sites.items()}
     return note if sites else "", choices
 
 
-def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibration | str | os.PathLike[str], names: set[str]) -> str:
+def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibration | str | os.PathLike[str], names: Sequence[str]) -> str:
     calibration = given if isinstance(given, Calibration) else Calibration.load(given)
     groups: dict[Any, list[Site]] = {}
     for name in names:

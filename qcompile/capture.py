@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qcompile import compat
+from qcompile import compat, stored
 from qcompile.passes.sites import Param
 from qcompile.weights import owners
 
@@ -34,6 +34,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "") -> fx.Gra
         elif isinstance(value, Tensor) and _is_written(node):
             node.meta["mutated"] = True
             compat.mark_static(node)
+    stored.fold(copy, inputs, found)
     copy.meta["skipped"] = []
     copy.meta["creates_state"] = _creates_state(copy.graph)
     return copy

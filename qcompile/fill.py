@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile import compat
 from qcompile.core.qtensor import quantize
+from qcompile.core.solution import Solution
 from qcompile.passes.sites import view
 from qcompile.passes.slots import Slot
 from qcompile.sequence import use
@@ -27,6 +29,12 @@ def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
 def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     """The same as tensors without values, under a fake mode."""
     p = inputs[slot.arg]
+    record = TABLE.get(p)
+    solution = record.solutions.get((slot.view, use(slot.site), slot.key)) if record is not None and slot.key else None
+    if solution is not None and solution.live is not None:
+        with compat.no_dispatch_modes():
+            solution = solution.now()
+        return _like(slot, solution)
     w = view(torch.empty(p.shape, dtype=p.dtype, device=p.device), slot.view)
     if slot.what == "weight":
         return quantize(w, slot.scheme).flatten()
@@ -36,3 +44,20 @@ def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     shape = {"smooth": (k,), "mask": (k,), "outliers": (slot.count,), "columns": (n, slot.count), "bias": (n,), "missed": (1,)}[slot.what]
     dtype = {"outliers": torch.int64, "missed": torch.int64, "columns": p.dtype}.get(slot.what, torch.float32)
     return [torch.empty(shape, dtype=dtype, device=p.device)]
+
+
+def _like(slot: Slot, solution: Solution) -> list[Tensor]:
+    """Shapes of what a stored solution gives."""
+    assert solution.q is not None
+    n, k = solution.q.shape[-2:]
+    if slot.what == "weight":
+        real = solution.q.flatten()
+    elif slot.what == "range":
+        real = list(solution.range)
+    elif slot.what == "columns":
+        assert solution.columns is not None
+        real = [solution.columns]
+    else:
+        shape = {"smooth": (k,), "mask": (k,), "outliers": (slot.count,), "bias": (n,), "missed": (1,)}[slot.what]
+        return [torch.empty(shape, dtype=torch.int64 if slot.what in ("outliers", "missed") else torch.float32, device=solution.q.codes.device)]
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in real]

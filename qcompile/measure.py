@@ -15,7 +15,8 @@ from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.missed import functions, limit, module_of, unread, why_nothing
-from qcompile.report import EXACT_DB, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
+from qcompile.report import GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
+from qcompile.tables import EXACT_DB
 
 if TYPE_CHECKING:
     from qcompile.backend import CompiledGraph
@@ -216,9 +217,11 @@ class _Measured:
         from qcompile.calibrate import concrete
         from qcompile.fill import tensors_of
         from qcompile.passes.observe import run_observed
+        from qcompile.stored import values
         from qcompile.weights import TABLE
 
         self.graph, self.args = graph, args
+        self._whole = values(graph.matched, [concrete(a) for a in args])  # weights in the place of stored codes
         self.rows: dict[str, int] = {}
         self.output_db: dict[str, float | None] = {}
         self._tensors_of = tensors_of
@@ -231,13 +234,13 @@ class _Measured:
             packed = [t for slot in graph.slots for t in tensors_of(slot, args[slot.arg])]
             run_observed(graph.lowered, [*(concrete(args[i]) for i in graph._kept), *packed], names, self._count)
         else:
-            run_observed(graph.matched, [concrete(a) for a in args], names, self._see)
+            run_observed(graph.matched, self._whole, names, self._see)
 
     def weight_db(self, site: Site) -> float | None:
         """SQNR of a site's weight, one expert at a time."""
         from qcompile.passes.sites import view
 
-        if site.param.index in self._released:
+        if site.param.index in self._released or site.stored is not None:
             return None
         solution = self._solution(site)
         exact, tensors, scheme = view(self.args[site.param.index].detach(), site.view), self.packed[site.name], self._choice(site).weight
@@ -286,7 +289,7 @@ class _Measured:
         from qcompile.passes.sites import view
         from qcompile.solve import Product
 
-        weight = view(self.args[site.param.index], site.view)
+        weight = view(self._whole[site.param.index], site.view)
         if weight.dim() != 2:
             return None
         exact = x.float() @ weight.float().T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class Options:
         if weight is not None and "recipe" not in given:  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
             recipe = Recipe("custom", str(Scheme.parse(weight)))
         else:
-            recipe = find_recipe(given.get("recipe", DEFAULT))
+            recipe = replace(find_recipe(given.get("recipe", DEFAULT)), implied="recipe" not in given)
         recipe = recipe.override(weight=weight, input=x, head=head, ignore=ignore)
         lower = given.get("lower", "inductor")
         if lower not in ("inductor", "eager"):

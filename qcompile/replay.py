@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from qcompile.core.recipe import Choice
 from qcompile.passes import experts
 from qcompile.passes.observe import input_of
 from qcompile.passes.sites import Site
+from qcompile.stored import values
 
 Env = dict[fx.Node, Any]
 NARROW = 1.5
@@ -60,12 +62,14 @@ class Unit:
         self.gm, self.autocast = gm, autocast
         self.nodes = list(gm.graph.nodes)
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
-        self._params = {i: weakref.ref(args[i]) for i, n in enumerate(self.placeholders) if "param" in n.meta}
         self.calls: list[Call] = []
+        forget = self.calls.clear
+        self._params = {i: weakref.ref(args[i], lambda _: forget()) for i, n in enumerate(self.placeholders) if "param" in n.meta}
         self.sites: dict[str, Site] = gm.meta["sites"]
         self.plan: dict[str, Any] = gm.meta["plan"]
         self._index = {node: i for i, node in enumerate(self.nodes)}
         self._last = {node: max((self._index[u] for u in node.users), default=self._index[node]) for node in self.nodes}
+        self._live = self._find_live()
         self.groups = self._find_groups()
         self.cut = len(self.placeholders)
 
@@ -81,6 +85,12 @@ class Unit:
         mine = {id(self._params[s.param.index]()) for s in self.sites.values()}
         return any(id(other._params[s.param.index]()) in mine for s in other.sites.values())
 
+    def agrees(self, other: Unit) -> bool:
+        """Both read a weight of the same linear, and get the same schemes and methods for it."""
+        mine = {id(self.parameter(s)): self.plan[n] for n, s in self.sites.items()}
+        plans = [(mine[id(other.parameter(s))], other.plan[n]) for n, s in other.sites.items() if id(other.parameter(s)) in mine]
+        return bool(plans) and all(str(a) == str(b) and getattr(a, "key", "") == getattr(b, "key", "") for a, b in plans)
+
     @property
     def alive(self) -> bool:
         """All parameters still exist."""
@@ -91,6 +101,12 @@ class Unit:
         call = Call({i: a.detach().clone() if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in self._params}, dict(links or {}))
         self.calls.append(call)
         return call
+
+    def reset(self) -> None:
+        """Forget what a run computed; the recorded arguments stay."""
+        self.cut = len(self.placeholders)
+        for call in self.calls:
+            call.env, call.outputs = {}, None
 
     def _find_groups(self) -> list[Group]:
         found: dict[tuple[fx.Node, int], list[fx.Node]] = {}
@@ -112,7 +128,8 @@ class Unit:
 
     def arguments(self, call: Call) -> Env:
         """The recorded arguments of a call and the live parameters."""
-        return {node: self._params[i]() if i in self._params else call.args[i] for i, node in enumerate(self.placeholders)}
+        given = [self._params[i]() if i in self._params else call.args[i] for i in range(len(self.placeholders))]
+        return dict(zip(self.placeholders, values(self.gm, given)))
 
     def run(self, env: Env, start: int, stop: int, product: Callable[[Unit, fx.Node, Env], Any] | None) -> Any:
         """Execute nodes ``start`` to ``stop`` on ``env``, dropping values that nothing later needs; ``product`` computes sites that are quantized already (None: it is not)."""
@@ -132,8 +149,16 @@ class Unit:
 
     def live_bytes(self, position: int) -> int:
         """Bytes of computed values that nodes from ``position`` on need."""
-        live = [n for n in self.nodes[len(self.placeholders) : position] if self._last[n] >= position]
-        return sum(_nbytes(n.meta.get("example_value", n.meta.get("val"))) for n in live)
+        return self._live[position]
+
+    def _find_live(self) -> list[int]:
+        change = [0] * (len(self.nodes) + 2)
+        for node in self.nodes[len(self.placeholders) :]:
+            if (last := self._last[node]) > (first := self._index[node]):
+                size = _nbytes(node.meta.get("example_value", node.meta.get("val")))
+                change[first + 1] += size
+                change[last + 1] -= size
+        return list(accumulate(change))
 
     def best_cut(self, low: int, high: int) -> tuple[int, int]:
         """(position, bytes) of the place in [low, high] where the fewest bytes are live; the last one of equals."""
@@ -143,8 +168,7 @@ class Unit:
         """A copy of ``env`` whose tensors may be written to by the nodes between: the storages that they write to are cloned, views of them along."""
         written: set[int] = set()
         for node in self.nodes[start:stop]:
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            root = node.args[0] if name in MUTATING and node.args else None
+            root = node.args[0] if _writes(node) and node.args else None
             while isinstance(root, fx.Node) and root not in env and _is_view(root):
                 root = root.args[0]
             if isinstance(root, fx.Node) and isinstance(env.get(root), Tensor):
@@ -164,9 +188,22 @@ class Unit:
         return {node: copied(value) for node, value in env.items()}
 
 
+ALIASES = {"chunk", "split", "unbind", "tensor_split", "unflatten", "view_as", "expand_as", "swapaxes", "swapdims", "movedim", "contiguous", "to", "float", "type_as", "getattr", "T", "mT", "data"}
+"""Further ops whose result may be a view of their input."""
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _writes(node: fx.Node) -> bool:
+    """The node writes to its first argument: in-place methods end with an underscore."""
+    name = _name(node)
+    return node.op in ("call_function", "call_method") and (name in MUTATING or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True)
+
+
 def _is_view(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in VIEWS and bool(node.args)
+    return (_name(node) in VIEWS | ALIASES or _writes(node)) and bool(node.args)
 
 
 def _nbytes(value: Any) -> int:

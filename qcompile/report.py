@@ -6,21 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from qcompile.core.errors import QcompileError
+from qcompile.tables import WIDTH, Cells, decibels, plain, shape_text, size, table
 
-WIDTH = 120
-"""Columns of the plain text."""
-EXACT_DB = 200.0
-"""SQNR that stands for "no error at all": infinity is no JSON."""
 SMALL = 64
 """Greatest number of rows that counts as a small batch: below it a linear is bound by reading its weight."""
 
@@ -118,8 +114,6 @@ class Totals:
 
 
 Row = TypeVar("Row", SiteRow, KeptRow)
-Cells = tuple[tuple[str, ...], list[list[str]]]
-"""Names of columns, and rows."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +190,7 @@ class Report:
 
     def table(self, full: bool = False, width: int = WIDTH) -> str:
         """Plain text of ``width`` columns; ``full`` prints every linear, equal layers too."""
-        from rich.console import Console
-
-        out = io.StringIO()
-        console = Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False)
-        for part in self._parts(full, width):
-            console.print(part)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return plain(self._parts(full, width), width)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         yield from self._parts(False, options.max_width)
@@ -270,7 +258,7 @@ class Report:
         for columns, rows in (self._site_cells(full), self._kept_cells(full), self._sums(), self._pass_cells()):
             if rows:
                 yield Text()
-                yield _table(columns, rows, width)
+                yield table(columns, rows, width)
         if self.notes:
             yield Text()
         for note in self.notes:
@@ -296,53 +284,5 @@ class Report:
         return ("pass", ">graphs", ">lines changed", ">ms", ""), rows
 
 
-FOLDING = {"scheme": 12, "kernel": 10, "linear": 24, "why": 30, "kept as it is": 24}
-"""Columns that may fold, in the order in which they give way, and the width that they keep; so may the last column where it has no name."""
-
-
-RULE = "    \n    \n -- \n    \n    \n    \n    \n    \n"
-"""A line under the header, in ASCII: logs and terminals of every encoding show it."""
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Any:
-    """Columns that begin with ">" are set flush right; a table that is too wide takes the width back from the columns that may fold."""
-    from rich.box import Box
-    from rich.table import Table
-    from rich.text import Text
-
-    names = [column.removeprefix(">") for column in columns]
-    widths = [max(len(name), *(len(row[i]) for row in rows)) for i, name in enumerate(names)]
-    excess = sum(widths) + 2 * (len(widths) - 1) - width
-    for name, least in {**FOLDING, "": 30}.items():
-        if name in names and excess > 0:
-            i = len(names) - 1 - names[::-1].index(name)
-            given = max(0, min(excess, widths[i] - least))
-            widths[i] -= given
-            excess -= given
-    table = Table(box=Box(RULE, ascii=True), show_edge=False, show_header=any(names), pad_edge=False, padding=(0, 1, 0, 0))
-    for column, name, columns_wide in zip(columns, names, widths):
-        table.add_column(name, justify="right" if column.startswith(">") else "left", overflow="fold", width=columns_wide)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def shape_text(shape: Iterable[int]) -> str:
-    """``4096x11008``."""
-    return "x".join(map(str, shape))
-
-
-def decibels(value: float | None) -> str:
-    """A number, "exact" or "n/a"."""
-    return "n/a" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f}"
-
-
-def size(count: float, before: float | None = None) -> str:
-    """Bytes with a decimal unit: ``14.8 kB``, or ``57.3 -> 14.8 kB``."""
-    unit, scale, digits = next(u for u in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1), ("B", 1.0, 0)) if abs(count) >= u[1] or u[0] == "B")
-    shown = [f"{c / scale:.{digits}f}" for c in (before, count) if c is not None]
-    return f"{' -> '.join(shown)} {unit}"

@@ -22,7 +22,7 @@ from qcompile.memory import is_released
 from qcompile.passes import experts, producers
 from qcompile.passes.sites import Site, view
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
-from qcompile.solve import Member, Observed, Product, complete, decibels, first_needs, inverse, needs_data, prepare, then_needs
+from qcompile.solve import Member, Observed, Product, complete, decibels, first_needs, inverse, needs_data, prepare, spread, then_needs
 from qcompile.weights import TABLE, fingerprint
 
 HELD = 2 << 30
@@ -33,7 +33,10 @@ AFRESH = ("histogram", "moving")
 
 @dataclass(frozen=True)
 class Solved:
-    """One line of the outcome: a site, what it was solved as, the SQNR of its output in dB, rows seen, seconds, and what was done instead of what was asked for."""
+    """One line of the outcome: a site, what it was solved as, the SQNR of its output in dB, rows seen, seconds, and what was done instead of what was asked for.
+
+    ``asked`` is the choice before anything was found, ``spread`` how far the largest channel of its input stands out of the median one.
+    """
 
     name: str
     choice: str
@@ -41,6 +44,8 @@ class Solved:
     tokens: int
     seconds: float
     notes: tuple[str, ...] = ()
+    asked: Choice | None = None
+    spread: float | None = None
 
 
 @dataclass
@@ -54,14 +59,15 @@ class Quality:
     finite: bool = True
 
     def see(self, exact: Tensor, y: Tensor, logits: bool) -> None:
-        """Add one output."""
-        self.finite &= bool(torch.isfinite(y).all())
-        self.signal += float(exact.double().square().sum())
-        self.noise += float((y.double() - exact.double()).square().sum())
+        """Add one output. What is not finite in the original itself (masked logits) does not count."""
+        known = torch.isfinite(exact)
+        self.finite &= bool(torch.isfinite(y[known]).all())
+        self.signal += float(exact[known].double().square().sum())
+        self.noise += float((y[known].double() - exact[known].double()).square().sum())
         if logits:
             for a, b in zip(exact.reshape(-1, exact.shape[-1]).split(1024), y.reshape(-1, y.shape[-1]).split(1024)):
                 p, q = a.float().log_softmax(-1), b.float().log_softmax(-1)
-                self.divergence += float((p.exp() * (p - q)).sum())
+                self.divergence += float(torch.where(p > -float("inf"), p.exp() * (p - q), 0).sum())
                 self.positions += a.shape[0]
 
     @property
@@ -134,8 +140,8 @@ def _moved(seen: Observed, device: torch.device) -> Observed:
 class Run:
     """The state of one run: products of solved sites, results."""
 
-    def __init__(self, units: Sequence[Unit], budget: float, tick: Callable[[], None], said: Callable[[Solved], None]) -> None:
-        self.units, self.budget, self.tick, self.said = units, budget, tick, said
+    def __init__(self, units: Sequence[Unit], budget: float, tick: Callable[[], None], said: Callable[[Solved], None], folder: Any = None) -> None:
+        self.units, self.budget, self.tick, self.said, self.folder = units, budget, tick, said, folder
         self.outcome = Outcome(tokens=0)
         self._products: OrderedDict[tuple[Any, ...], Product] = OrderedDict()
         self._finished: set[int] = set()
@@ -143,10 +149,17 @@ class Run:
 
     def run(self, again: bool) -> Outcome:
         """Solve every group, in the order of the graphs; ``again``: those, too, that have a solution."""
+        try:
+            return self._run(again)
+        finally:  # also after an error: the next run starts from the recorded arguments
+            for unit in self.units:
+                unit.reset()
+
+    def _run(self, again: bool) -> Outcome:
         order = list(stages(self.units))
         last = {id(unit): i for i, stage in enumerate(order) for unit, _ in stage}
         for i, stage in enumerate(order):
-            for unit in self.units[: self.units.index(stage[0][0])]:
+            for unit in self.units[: max(self.units.index(unit) for unit, _ in stage)]:  # what any of them reads
                 if last.get(id(unit), -1) < i:
                     self._finish(unit)
             self._group(stage, again)
@@ -159,22 +172,18 @@ class Run:
             return
         self._finished.add(id(unit))
         last = unit is self.units[-1]
-        head = next((s.n for s in unit.sites.values() if s.role == "head"), None)
+        head = head_of(unit)
 
         def compare(call: Call, outputs: Any) -> None:
-            if not (last or head):
-                return
-            pairs = [(a, b) for a, b in zip(_tensors(original(unit, call)), _tensors(outputs)) if a.is_floating_point() and a.numel()]
-            chosen = [p for p in pairs if head is not None and p[0].shape[-1] == head] or pairs
-            for exact, y in chosen[:1]:
-                self.outcome.quality.see(exact, y, head is not None and exact.shape[-1] == head)
+            if last or head is not None:
+                compared(self.outcome.quality, original(unit, call), outputs, head)
 
         finish(unit, self.product, compare)
 
     def _group(self, stage: Sequence[tuple[Unit, Group]], again: bool) -> None:
         unit, group = stage[0]
         members = [self._member(unit, name) for name in group.names]
-        members = [m for m in members if again or self._solution(unit, m.site, m.choice) is None]
+        members = [m for m in members if (again or self._solution(unit, m.site, m.choice) is None) and not self._resumed(unit, m)]
         for batch in _alike(members):
             self._solve(stage, unit, group, batch)
 
@@ -182,8 +191,8 @@ class Run:
         start = time.perf_counter()
         choice, k, names = members[0].choice, members[0].site.k, [m.site.name for m in members]
         if not needs_data(choice):
-            solutions = complete(members, Solution(), Observed({}, 0))
-            seen = None
+            seen = self._watch(stage, names, Watch(("samples",), k, 1, members[0].weight.device, ())).merged()  # to measure the output
+            solutions = complete(members, Solution(tokens=seen.tokens), Observed({}, 0))
         else:
             first, then = first_needs(choice), then_needs(choice)
             afresh = [name for name in then if name in AFRESH] if first else []
@@ -203,15 +212,19 @@ class Run:
         for member, solution in zip(members, solutions):
             solution.state = fingerprint(unit.parameter(member.site))
             self._keep(unit, member, solution)
-            rows = seen.stats["samples"]["rows"] if seen is not None and member.weight.dim() == 2 else None
-            if rows is not None and rows.numel():
-                rows = rows.float()
+            rows = seen.stats["samples"]["rows"].float()
+            if rows.numel() and member.weight.dim() == 2:
                 exact = rows @ member.weight.float().T
                 solution.decibels = decibels(exact, Product(solution, member.choice, member.weight, torch.float32)(rows))
-            line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, (time.perf_counter() - start) / len(members), solution.notes)
-            self.outcome.solved.append(line)
-            self.outcome.tokens = max(self.outcome.tokens, solution.tokens)
-            self.said(line)
+            if self.folder is not None:
+                self.folder.save(member.site, member.choice, solution)
+            self._say(member, solution, (time.perf_counter() - start) / len(members), spread(rows, solution, member.choice) if rows.numel() else None)
+
+    def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
+        line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, solution.notes, member.choice, spread)
+        self.outcome.solved.append(line)
+        self.outcome.tokens = max(self.outcome.tokens, solution.tokens)
+        self.said(line)
 
     def _watch(self, stage: Sequence[tuple[Unit, Group]], names: Sequence[str], watch: Watch) -> Watch:
         """Take statistics of a group's input in all units that have it."""
@@ -234,6 +247,15 @@ class Run:
     def _solution(self, unit: Unit, site: Site, choice: Choice) -> Solution | None:
         return TABLE.record(unit.parameter(site), site.path).solutions.get(solution_key(site, choice))
 
+    def _resumed(self, unit: Unit, member: Member) -> bool:
+        """The solution was kept by a run that was interrupted."""
+        solution = self.folder.load(member.site, member.choice, unit.parameter(member.site)) if self.folder is not None else None
+        if solution is None:
+            return False
+        TABLE.solve(unit.parameter(member.site), solution_key(member.site, member.choice), solution, member.site.path)
+        self._say(member, solution, 0.0)
+        return True
+
     def _keep(self, unit: Unit, member: Member, solution: Solution) -> None:
         TABLE.solve(unit.parameter(member.site), solution_key(member.site, member.choice), solution, member.site.path)
 
@@ -244,13 +266,13 @@ class Run:
             return None
         p = unit.parameter(site)
         solution = self._solution(unit, site, choice)
-        if solution is None or solution.q is None:
+        if solution is None:
             return None
         dtype = node.meta["example_value"].dtype
         key = (id(p), *solution_key(site, choice), dtype)
         made = self._products.get(key)
         if made is None:
-            made = self._products[key] = Product(solution, choice, view(p.detach(), site.view), dtype)
+            made = self._products[key] = Product(solution.now(), choice, view(p.detach(), site.view), dtype)
             while sum(m.nbytes for m in self._products.values()) > HELD and len(self._products) > 1:
                 self._products.popitem(last=False)
         self._products.move_to_end(key)
@@ -270,6 +292,19 @@ class Run:
             if e < made.dense.shape[0]:
                 y[which == e] = made(rows[which == e], e).to(y.dtype)
         return experts.shaped(how, y, x)
+
+
+def head_of(unit: Unit) -> int | None:
+    """Size of the vocabulary where a unit has a head."""
+    return next((s.n for s in unit.sites.values() if s.role == "head"), None)
+
+
+def compared(quality: Quality, exact: Any, outputs: Any, head: int | None) -> None:
+    """Add what a call returned, quantized, beside what it returns unquantized: the logits where there are any, else the first values that are not integers."""
+    pairs = [(a, b) for a, b in zip(_tensors(exact), _tensors(outputs)) if a.is_floating_point() and a.numel()]
+    chosen = [p for p in pairs if head is not None and p[0].shape[-1] == head] or pairs
+    for a, b in chosen[:1]:
+        quality.see(a, b, head is not None and a.shape[-1] == head)
 
 
 def stages(units: Sequence[Unit]) -> Iterator[list[tuple[Unit, Group]]]:

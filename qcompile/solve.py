@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.core.errors import CalibrationError, OptionError, unknown
-from qcompile.core.qtensor import QTensor, dequantize
+from qcompile.core.qtensor import QTensor, dequantize, quantize, split_rows
 from qcompile.core.ranges import NEEDS, needed, static_range
 from qcompile.core.recipe import Choice, Method
 from qcompile.core.solution import Solution
@@ -108,7 +108,11 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
             v = TRANSFORMS[method.name].fn(Linears(_matrices(members, s), _schemes(members), choice.input, at.stats), **method.options)
             shared.smooth = legal(s * v.float())
     for method in choice.methods:
-        if method.name == "outliers" and not method.options.get("dynamic"):
+        if method.name != "outliers":
+            continue
+        if members[0].weight.dim() == 3:
+            shared.notes = (*shared.notes, "stacked experts are not split: their outlier columns are quantized with the others")
+        elif not method.options.get("dynamic"):
             stats = seen.rescaled(shared.smooth).stats if shared.smooth is not None and method.options.get("columns") else seen.stats
             shared.outliers = outliers.columns(stats, **method.options)  # type: ignore[arg-type]
     return shared
@@ -169,9 +173,7 @@ def _solve(batch: Sequence[int], members: Sequence[Member], out: Sequence[Soluti
         note = (f"{seen.tokens} tokens for {first.site.k} input channels: the Hessian is singular and leans on its damping",)
     if len(batch) == 1:
         return [(batch[0], q, note)]
-    ends = torch.tensor([0, *(members[i].site.n for i in batch)]).cumsum(0).tolist()
-    flat = q.flatten()
-    return [(i, QTensor.unflatten([t[a:b].contiguous() for t in flat], scheme, q.k), note) for i, a, b in zip(batch, ends, ends[1:])]
+    return [(i, part, note) for i, part in zip(batch, split_rows(q, [members[i].site.n for i in batch]))]
 
 
 def _batches(members: Sequence[Member]) -> list[list[int]]:
@@ -195,9 +197,9 @@ class Product:
     """A solved site as plain torch: what the compiled graph will compute, in the dtype of its input."""
 
     def __init__(self, solution: Solution, choice: Choice, weight: Tensor, dtype: torch.dtype) -> None:
-        assert solution.q is not None
         self.solution, self.choice = solution, choice
-        self.dense = dequantize(solution.q, torch.float32).to(dtype)
+        q = solution.q if solution.q is not None else quantize(solution.prepared(weight), choice.weight)
+        self.dense = dequantize(q, torch.float32).to(dtype)
         split = solution.outliers is not None and solution.outliers.numel() > 0
         self.kept = solution.kept(weight).to(dtype) if split else None
         self.nbytes = self.dense.nbytes + (self.kept.nbytes if self.kept is not None else 0)
@@ -207,7 +209,7 @@ class Product:
         s, w = self.solution, self.dense if expert is None else self.dense[expert]
         x = s.divided(x)
         extra: Tensor | None = None
-        if (how := outliers.dynamic(self.choice)) is not None and x.numel():
+        if (how := outliers.dynamic(self.choice)) is not None and x.numel() and self.dense.dim() == 2:
             peak = x.abs().reshape(-1, x.shape[-1]).amax(0)
             index = peak.topk(min(how.columns, x.shape[-1])).indices
             index = index[peak[index] >= how.threshold]
@@ -228,6 +230,18 @@ def decibels(exact: Tensor, y: Tensor) -> float | None:
     """Signal to quantization noise of an output, in dB; None where there is no signal, infinite where there is no noise."""
     signal, noise = (float(t.double().square().sum()) for t in (exact, y.double() - exact.double()))
     return None if signal == 0 else float("inf") if noise == 0 else 10 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+
+
+def spread(rows: Tensor, solution: Solution, choice: Choice) -> float | None:
+    """The largest channel's absolute maximum over the median channel's, of an input (T, K) as the quantized product reads it: smoothed, less its outlier columns. None where it is zero."""
+    peak = solution.divided(rows).abs().amax(0)
+    if (how := outliers.dynamic(choice)) is not None:
+        index = peak.topk(min(how.columns, peak.numel())).indices
+        peak[index[peak[index] >= how.threshold]] = 0
+    elif solution.outliers is not None:
+        peak[solution.outliers] = 0
+    peak = peak[peak > 0]
+    return float(peak.max() / peak.median()) if peak.numel() else None
 
 
 def from_statistics(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor], Tensor], what: str) -> list[Solution]:

@@ -42,9 +42,9 @@ class Calibration:
     def of(self, site: Site, device: torch.device) -> Observed:
         """The statistics of one site's input. Raises CalibrationError where they are of another model, naming the site."""
         seen = self.statistics()
-        if site.path not in seen:
-            raise CalibrationError(f"{self} knows nothing of {site.path}; it is of another model, whose linears begin with {', '.join(list(seen)[:4]) or 'none'}")
-        one = seen[site.path]
+        if site.name not in seen:
+            raise CalibrationError(f"{self} knows nothing of {site.name}; it is of another model, whose linears begin with {', '.join(list(seen)[:4]) or 'none'}")
+        one = seen[site.name]
         width = next((t["absmax"].shape[0] for n, t in one.stats.items() if n == "absmax"), site.k)
         if width != site.k:
             raise CalibrationError(f"{self} is of another model: {site.path} has {site.k} input channels, there it has {width}")
@@ -113,8 +113,8 @@ def collect(units: Sequence[Unit], names: Sequence[str], budget: int) -> dict[st
                 _observe(unit, one, points)
         for i, watch in watches.items():
             merged = watch.merged()
-            for unit, group in order[i]:
-                seen |= {unit.sites[name].path: Observed({n: {k: t.cpu() for k, t in s.items()} for n, s in merged.stats.items()}, merged.tokens) for name in group.names}
+            for _unit, group in order[i]:
+                seen |= {name: Observed({n: {k: t.cpu() for k, t in s.items()} for n, s in merged.stats.items()}, merged.tokens) for name in group.names}
     return seen
 
 

@@ -126,11 +126,14 @@ class WeightTable:
         for entry in record.entries.values():
             entry.state = ()
         GENERATION[0] += 1
-        for (what, whose), tensors in record.given.items():
-            if whose == key:
-                for old, new in zip(tensors, given(solution, what, p, key[0])):
-                    if what != "missed" and old.shape == new.shape:
-                        old.copy_(new)
+        for (what, whose), tensors in list(record.given.items()):
+            if whose == key and what != "missed":
+                fresh = given(solution, what, p, key[0])
+                if [t.shape for t in tensors] != [t.shape for t in fresh]:
+                    del record.given[what, whose]  # other columns: another graph reads them
+                    continue
+                for old, new in zip(tensors, fresh):
+                    old.copy_(new)
 
     def packed(self, p: Tensor, how: str, scheme: Scheme, path: str, key: SolutionKey | None = None, what: str = "weight") -> list[Tensor]:
         """Packed tensors of ``view(p, how)`` under ``scheme``, up to date: as its solution says where ``key`` names one, else rounded to nearest.
@@ -151,11 +154,16 @@ class WeightTable:
                 raise WeightError(f"parameter {path} is on the meta device: load its values before the first call")
             state, source = state_of(p), p.untyped_storage()  # before the values are read: a change meanwhile is seen on the next call
             solution = record.solutions.get(key) if key else None
+            solution = solution.now() if solution is not None else None
+            stored = solution is not None and solution.live is None and key is not None and record.solutions[key].live is not None
             w = view(p.detach(), how)
             k = int(w.shape[-1])
-            if what == "columns":
+            if stored and what == "weight":
+                assert solution is not None and solution.q is not None
+                fresh, k = solution.q.flatten(), solution.q.k
+            elif what == "columns":
                 assert solution is not None
-                fresh = [solution.to(p.device).kept(w).to(p.dtype)]
+                fresh = [solution.to(p.device).kept(w).to(p.dtype if solution.columns is None else solution.columns.dtype)]
             else:
                 fresh = _codes(p, w, scheme, path, solution).flatten()
             entry = record.entries.get(entry_key)
@@ -173,7 +181,7 @@ class WeightTable:
         record = self.record(p, path)
         if (what, key) not in record.given or record.given[what, key][0].device != p.device:
             with compat.no_dispatch_modes(), torch.no_grad():
-                record.given[what, key] = [t.clone() for t in given(record.solutions[key], what, p, key[0])]
+                record.given[what, key] = [t.clone() for t in given(record.solutions[key].now(), what, p, key[0])]
         return record.given[what, key]
 
     def is_released(self, p: Tensor) -> bool:
@@ -247,7 +255,8 @@ def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:
     assert solution.outliers is not None
     if what == "outliers":
         return [solution.outliers.to(device)]
-    mask = torch.ones(view(p, how).shape[-1], device=device)
+    k = solution.q.k if solution.columns is not None and solution.q is not None else view(p, how).shape[-1]
+    mask = torch.ones(k, device=device)
     mask[solution.outliers.to(device)] = 0
     return [mask]
 

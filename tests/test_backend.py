@@ -23,7 +23,7 @@ def compiled(model, **options):
     return torch.compile(model, backend="qcompile", options=options)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("INT8_")])
 def test_inductor_equals_the_references(recipe, x):
     model = Net()
     with torch.no_grad():

@@ -127,6 +127,8 @@ class Recipe:
     head: str | None = None
     passes: tuple[str, ...] = ()
     doc: str = field(default="", compare=False)
+    implied: bool = field(default=False, compare=False, repr=False)
+    """Nobody named it: a model that is quantized already is left as it is."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(str(Method.parse(step)) for step in self.passes))
@@ -167,16 +169,29 @@ DEFAULT = "W8A8"
 _ROWS = (
     Recipe("W8A8", "int8.row", "int8.row", doc="int8 weights per row, activations in int8 per token, ranges taken at run time"),
     Recipe("W8A8_STATIC", "int8.row", "int8.tensor.static", doc="as W8A8 with one calibrated range per input; re-quantization fuses into the layer before"),
+    Recipe("W8A8_SMOOTHQUANT", "int8.row", "int8.row", passes=("smooth(alpha=0.5)",), doc="SmoothQuant: W8A8 once the input's large channels are moved into the weights"),
+    Recipe("W8A8_SMOOTHQUANT_STATIC", "int8.row", "int8.tensor.static", passes=("smooth(alpha=0.5)",), doc="SmoothQuant with one calibrated range per input"),
     Recipe("LLM_INT8", "int8.row", "int8.row", passes=("outliers(dynamic=64)",), doc="LLM.int8(): as W8A8, with the input's columns of large values in 16 bits, found on every call"),
     Recipe("LLM_INT8_STATIC", "int8.row", "int8.row", passes=("outliers(threshold=6.0)",), doc="as LLM_INT8 with the columns that calibration found"),
     Recipe("W8A16", "int8.row", doc="int8 weights per row, 16-bit activations"),
     Recipe("W4A16", "int4.g128", doc="int4 weights in groups of 128, 16-bit activations"),
     Recipe("W4A16_GPTQ", "uint4.g128.point", passes=("gptq",), doc="4-bit weights with zero points, solved by GPTQ in true sequential order"),
+    Recipe("W4A16_AWQ", "uint4.g128.point", passes=("awq",), doc="4-bit weights with zero points, scaled by AWQ's search first"),
+    Recipe("W4A16_AWQ_GPTQ", "uint4.g128.point", passes=("awq", "gptq"), doc="4-bit weights with zero points, scaled by AWQ and solved by GPTQ"),
+    Recipe("W3A16_AWQ_GPTQ", "uint3.g128.point", passes=("awq", "gptq"), doc="3-bit weights with zero points, scaled by AWQ and solved by GPTQ"),
     Recipe("W4A8", "int4.g128", "int8.row", doc="int4 weights in groups of 128, int8 activations per token"),
+    Recipe("W4A8_AQAS", "int4.g128", "int8.row", passes=("aqas", "gptq"), doc="W4A8 scaled by AQAS, which weighs the errors of weights and activations, and solved by GPTQ"),
     Recipe("FP8", "e4m3.row", "e4m3.row", doc="FP8 E4M3, weights per row and activations per token"),
     Recipe("FP8_TENSOR", "e4m3.tensor", "e4m3.tensor", doc="FP8 E4M3, one scale for each tensor, taken at run time"),
     Recipe("NF4", "nf4.g64", doc="QLoRA's 4-bit NormalFloat in blocks of 64, 16-bit activations"),
     Recipe("FP4", "fp4.g64", doc="bitsandbytes' FP4 in blocks of 64, 16-bit activations"),
+    Recipe("INT8_ABSMAX", "int8.tensor", "int8.tensor", doc="baseline of the LLM.int8() paper: one range for each tensor"),
+    Recipe("INT8_ZEROPOINT", "int8.tensor.point", "int8.tensor.point", doc="baseline of the LLM.int8() paper: one asymmetric range for each tensor"),
+    Recipe("INT8_ROWWISE", "int8.tensor", "int8.row", doc="baseline of the LLM.int8() paper: activations per token, one range for the weight"),
+    Recipe("INT8_VECTORWISE", "int8.row", "int8.row", doc="baseline of the LLM.int8() paper: as W8A8"),
+    Recipe("INT8_VECTORWISE_ZEROPOINT", "int8.row.point", "int8.row.point", doc="baseline of the LLM.int8() paper: vector-wise, asymmetric"),
+    Recipe("INT8_ROWWISE_DECOMPOSED", "int8.tensor", "int8.row", passes=("outliers(dynamic=64)",), doc="baseline of the LLM.int8() paper: row-wise beside 16-bit outlier columns"),
+    Recipe("LLM_INT8_ZEROPOINT", "int8.row.point", "int8.row.point", passes=("outliers(dynamic=64)",), doc="LLM.int8() with asymmetric ranges"),
 )
 RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 

@@ -6,6 +6,7 @@ first product and whole in the second, ``c`` (N,) the correction of the bias. Wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +31,16 @@ class Solution:
     decibels: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    columns: Tensor | None = None
+    """(N, C): the outlier columns times ``s``, where the weight itself is no longer there to read them from."""
+    live: Callable[[], Solution] | None = field(default=None, repr=False)
+    """Where the codes are those of a module: reads them as they are now."""
     state: tuple[object, ...] = field(default=(), repr=False)
     """What the weight was when ``q`` was solved: codes of another value are never used."""
+
+    def now(self) -> Solution:
+        """Itself, or what its module holds now."""
+        return self.live() if self.live is not None else self
 
     def prepared(self, w: Tensor) -> Tensor:
         """The dense part of a weight (..., N, K), float32: ``w * s`` with zeros in the outlier columns."""
@@ -43,6 +52,8 @@ class Solution:
 
     def kept(self, w: Tensor) -> Tensor:
         """The outlier columns of a weight (N, K), (N, C) float32, times ``s``."""
+        if self.columns is not None:
+            return self.columns.float()
         assert self.outliers is not None
         w = w.index_select(-1, self.outliers).float()
         return w if self.smooth is None else w * self.smooth[self.outliers]
@@ -53,6 +64,6 @@ class Solution:
 
     def to(self, device: torch.device) -> Solution:
         """The same tensors on another device."""
-        moved = {name: t.to(device) if (t := getattr(self, name)) is not None else None for name in ("smooth", "outliers", "bias")}
+        moved = {name: t.to(device) if (t := getattr(self, name)) is not None else None for name in ("smooth", "outliers", "bias", "columns")}
         q = self.q and QTensor.unflatten([t.to(device) for t in self.q.flatten()], self.q.scheme, self.q.k)
-        return Solution(**moved, range=tuple(t.to(device) for t in self.range), q=q, tokens=self.tokens, decibels=self.decibels, seconds=self.seconds, notes=self.notes, state=self.state)
+        return Solution(**moved, range=tuple(t.to(device) for t in self.range), q=q, tokens=self.tokens, decibels=self.decibels, seconds=self.seconds, notes=self.notes, live=self.live, state=self.state)

@@ -119,16 +119,19 @@ def static_models() -> Parts:
     return parts
 
 
-def recipes() -> Parts:
-    """A decoder layer of Llama under every recipe."""
-    import transformers
+LAYERS = (
+    "W8A8", "W8A8_STATIC", "W8A8_SMOOTHQUANT", "W8A8_SMOOTHQUANT_STATIC", "LLM_INT8_STATIC", "W8A16", "W4A16", "W4A16_AWQ", "W4A8", "FP8", "FP8_TENSOR", "NF4", "FP4",
+)  # fmt: skip
 
-    from qcompile.core.recipe import RECIPES
+
+def recipes() -> Parts:
+    """A decoder layer of Llama under recipes that differ in their kernels. Vectors that smooth are those of the first call."""
+    import transformers
 
     config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=1, hidden_size=128, num_attention_heads=2, intermediate_size=512, num_key_value_heads=2)
     layer = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16).model.layers[0]
     inputs = {"hidden_states": bf16(2, 16, 128), "position_embeddings": (bf16(1, 16, 64), bf16(1, 16, 64))}
-    return quantized(layer, inputs, {name: {"recipe": name} for name in RECIPES})
+    return quantized(layer, inputs, {name: {"recipe": name} for name in LAYERS})
 
 
 def experts() -> Parts:

@@ -50,7 +50,7 @@ def groups(gm) -> list[tuple[str, ...]]:
 def table(gm) -> str:
     """One line for each group; layers, and nodes' names, that differ only in a number are shown once."""
     lines = [f"{', '.join(name.rpartition('.')[2] for name in group)}: {place(gm, group).why}" for group in groups(gm)]
-    return "\n".join(dict.fromkeys(re.sub(r"\.\d+\b", ".i", re.sub(r"(?<=[a-z])_\d+\b", "", line)) for line in lines))
+    return "\n".join(dict.fromkeys(re.sub(r"\.\d+\b", ".i", re.sub(r"_\d+(?=\)| is also)", "", line)) for line in lines))
 
 
 def powers(k: int) -> torch.Tensor:
@@ -165,9 +165,9 @@ def test_gpt2():
     assert_expected_inline(
         table(found_tiny("gpt2", use_cache=False)[0]),
         """\
-c_attn: folded into the norm transformer.h.i.ln
+c_attn: folded into the norm transformer.h.i.ln_1
 c_proj: in the rows of transformer.h.i.attn.c_attn
-c_fc: folded into the norm transformer.h.i.ln
+c_fc: folded into the norm transformer.h.i.ln_2
 c_proj: kept as a multiply: x is also read by pow (pow)
 wte: folded into the norm transformer.ln_f""",
     )
@@ -206,15 +206,15 @@ def test_t5():
         """\
 q, k, v: folded into the norm encoder.block.i.layer.i.layer_norm
 o: in the rows of encoder.block.i.layer.i.SelfAttention.v
-wi, wi: folded into the norm encoder.block.i.layer.i.layer_norm
-wo: in the rows of encoder.block.i.layer.i.DenseReluDense.wi
+wi_0, wi_1: folded into the norm encoder.block.i.layer.i.layer_norm
+wo: in the rows of encoder.block.i.layer.i.DenseReluDense.wi_1
 q, k, v: folded into the norm decoder.block.i.layer.i.layer_norm
 o: in the rows of decoder.block.i.layer.i.SelfAttention.v
 q: folded into the norm decoder.block.i.layer.i.layer_norm
 k, v, k, v: kept as a multiply: x is also read by the output of the graph
 o: in the rows of decoder.block.i.layer.i.EncDecAttention.v
-wi, wi: folded into the norm decoder.block.i.layer.i.layer_norm
-wo: in the rows of decoder.block.i.layer.i.DenseReluDense.wi
+wi_0, wi_1: folded into the norm decoder.block.i.layer.i.layer_norm
+wo: in the rows of decoder.block.i.layer.i.DenseReluDense.wi_1
 embed_tokens: folded into the norm decoder.final_layer_norm""",
     )
 
@@ -299,6 +299,7 @@ def only(act, n=48, site="b", dynamic=None) -> tuple[Place, object, list]:
         (lambda x: x * x.shape[-1], "rows"),
         (lambda x: x @ x.new_ones(48, 48), "multiply"),
         (lambda x: x.new_ones(5, 5) @ x, "rows"),
+        (lambda x: (x.new_ones(5) @ x[0])[None], "multiply"),
     ],
 )
 def test_what_commutes(act, kind):

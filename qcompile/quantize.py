@@ -1,0 +1,172 @@
+"""``qcompile.quantize``: quantize a model in place, offline. What is left is an ordinary module whose weights are codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.calibrate import Session, call
+from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
+from qcompile.core.qtensor import QTensor
+from qcompile.core.qtensor import quantize as round_to_nearest
+from qcompile.core.recipe import Choice, Recipe
+from qcompile.core.solution import Solution
+from qcompile.options import Options
+from qcompile.passes.sites import Site, view
+from qcompile.progress import track
+from qcompile.replay import Unit
+from qcompile.sequence import Outcome, found, solution_key
+from qcompile.solve import needs_data
+from qcompile.stored import install
+from qcompile.weights import TABLE, fingerprint, owners
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe = "W8A8",
+    data: Iterable[Any] | None = None,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    memory: str | int | None = None,
+    **options: Any,
+) -> Outcome:
+    """Quantize the linears of ``model`` in place by ``recipe``, and return a line for each: its scheme, SQNR, tokens seen, seconds.
+
+    ``data``: batches (a dictionary is keyword arguments, a tuple or list positional ones, anything else the only argument); recipes that need no data take the model's ``dummy_inputs`` where
+    they are given none. ``options`` are those of the backend that choose schemes and linears (``weight``, ``input``, ``head``, ``ignore``, ``passes``).
+    ``resume`` names a folder: every solved linear is kept there at once, and a run that was interrupted goes on where it stopped. Two runs on the same data give the same bits.
+
+    Afterwards each weight is parametrized by its codes: the model runs in eager PyTorch as it is, with the weights rounded, and ``torch.compile(model, backend="qcompile")`` multiplies the codes.
+    Weights that something else reads, too (an embedding tied to the head), convolution kernels and single matrices of a stack keep their bits; a QcompileWarning names them.
+    Raises CalibrationError where data is needed and missing or not finite, OptionError for wrong options.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"quantize takes a torch.nn.Module, not {type(model).__name__}")
+    allowed = ("weight", "input", "head", "ignore", "passes", "strict")
+    for key in options:
+        if key not in allowed:
+            raise OptionError(f"quantize takes no option {key!r}; it takes {', '.join(allowed)}")
+    given = {"recipe": recipe, **options}
+    batches = _batches(model, Options.parse(given), data)
+    fast = torch.compile(model, backend="qcompile", options=given, dynamic=False)
+    store = _Folder(resume) if resume is not None else None
+    with Session(fast, progress, memory, store) as sitting:
+        for batch in track(batches, "recording", progress):
+            call(fast, batch)
+    _install(sitting.units)
+    return sitting.outcome
+
+
+def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> Iterable[Any]:
+    if data is not None:
+        return data
+    if options.recipe.static or any(needs_data(Choice(_any(), None, "", (m,))) for m in options.recipe.methods):
+        raise CalibrationError(f"recipe {options.recipe.name} needs data: quantize(model, {options.recipe.name!r}, batches)")
+    dummy = getattr(model, "dummy_inputs", None)
+    if dummy is None:
+        raise CalibrationError("quantize reads the linears off the model's graph: give it one batch, quantize(model, recipe, [batch]), whatever its values")
+    return [dummy]
+
+
+def _any() -> Any:
+    from qcompile.core.scheme import Scheme
+
+    return Scheme.parse("int8.row")
+
+
+def _install(units: Sequence[Unit]) -> None:
+    """Parametrize every weight that was solved and that nothing but its linear reads."""
+    names, done, kept = owners(), set(), []
+    for unit in units:
+        for name, choice in unit.plan.items():
+            site = unit.sites[name]
+            p = unit.parameter(site)
+            if not isinstance(choice, Choice) or site.stored is not None or id(p) in done:
+                continue
+            owner, _, attribute = names[id(p)]
+            if reason := _unfit(unit, site, p):
+                kept.append(f"{site.path} ({reason})")
+                continue
+            record = TABLE.record(p, site.path)
+            solution = record.solutions[solution_key(site, choice)].now()
+            w = view(p.detach(), site.view)
+            if solution.q is None:
+                with torch.no_grad():
+                    solution.q = round_to_nearest(solution.prepared(w), choice.weight, name=site.path)
+            done.add(id(p))
+            install(owner, attribute, found(choice, solution), solution, site.view == "t")
+    if kept:
+        more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
+        warnings.warn(f"qcompile: kept in 16 bits: {', '.join(kept[:5])}{more}", QcompileWarning, stacklevel=3)
+
+
+def _unfit(unit: Unit, site: Site, p: Tensor) -> str:
+    """Why a weight cannot be replaced by codes; empty where it can."""
+    if site.view not in ("", "t"):
+        return f"it is read as {site.view!r}"
+    if sum(s.param.index == site.param.index for s in unit.sites.values()) > 1:
+        return "several linears read it"
+    placeholder = next(n for n in unit.placeholders if "param" in n.meta and n.meta["param"].index == site.param.index)
+    front = list(placeholder.users)
+    while front:
+        node = front.pop()
+        if "site" in node.meta:
+            if node.meta["site"] != site.name:
+                return "several linears read it"
+            continue
+        if node.op == "output" or getattr(node.target, "__name__", node.target) == "embedding":
+            return "an embedding reads it, too"
+        front += list(node.users)
+    return ""
+
+
+class _Folder:
+    """Solutions as files, one for each linear: what makes a long run resumable."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, site: Site) -> pathlib.Path:
+        return self.path / (re.sub(r"[^\w.@-]", "_", site.name) + ".safetensors")
+
+    def save(self, site: Site, choice: Choice, solution: Solution) -> None:
+        """Write one solution; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
+        tensors |= {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
+        about = {"key": choice.key, "state": repr(solution.state), "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
+        part = self._file(site).with_suffix(".part")
+        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, str(part), metadata={"qcompile": json.dumps(about)})
+        part.replace(self._file(site))
+
+    def load(self, site: Site, choice: Choice, p: Tensor) -> Solution | None:
+        """The solution that was kept for this weight and choice; None where there is none, or it was for other values."""
+        from safetensors import safe_open
+
+        if not self._file(site).is_file():
+            return None
+        with safe_open(str(self._file(site)), "pt") as file:
+            about = json.loads(file.metadata()["qcompile"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state = fingerprint(p)
+        if about["key"] != choice.key or about["state"] != repr(state):
+            return None
+        packed = [tensors[f"q{i}"] for i in range(sum(key[0] == "q" and key[1:].isdigit() for key in tensors))]
+        q = QTensor.unflatten(packed, choice.weight, about["k"]) if packed else None
+        ranges = tuple(tensors[f"range{i}"] for i in range(sum(key.startswith("range") for key in tensors)))
+        parts = [tensors.get(name) for name in ("smooth", "outliers", "bias")]
+        return Solution(*parts, range=ranges, q=q, tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]), state=state).to(p.device)
+
+
+__all__ = ["quantize"]
