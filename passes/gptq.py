@@ -33,19 +33,21 @@ log = logging.getLogger("qcompile.passes")
 
 
 def solve(
-    weight: Tensor, scheme: Scheme, stats: Stats, *, block: int = 128, damping: float = 0.01, act_order: bool = True, static_groups: bool = False,
+    weight: Tensor, scheme: Scheme, stats: Stats, *, block: int = 128, damping: float = 0.01, damp: str = "channel", act_order: bool = True, static_groups: bool = False,
     clip: bool = False, rule: str = "absmax", name: str = "",
 ) -> QTensor:  # fmt: skip
     """``weight`` (N, K) float32, unchanged. Every scheme; groups may be ragged.
 
-    ``damping``: share of the mean diagonal that is added to H, times ten (up to 1) as often as the factorization asks for it; logged.
+    ``damping``: share of H's diagonal that is added to it, times ten (up to 1) as often as the factorization asks for it; logged. ``damp="channel"`` adds to each channel of its own
+    diagonal: the solution then does not depend on how channels are scaled (smoothed, say). ``damp="mean"`` adds of the mean diagonal, as the paper does: outlier channels, which make the
+    mean, then drown the correlations of all others (error 0.81 of round to nearest's where 0.58 is possible, on a language model with six channels 300 times larger).
     ``act_order``: columns with the greatest H_jj first. Scales are then found before (static groups), so that storage keeps the order of the channels.
     Otherwise a group's scale is found from the updated weights when its first column comes up, unless ``static_groups``, ``clip`` or quantized scales need all scales at once.
     ``clip``: start from AWQ's clipped ranges. ``block`` trades nothing but time. A channel that is always zero (H_jj = 0) is rounded to nearest.
     Raises WeightError, naming ``name``, where the weight or H is not finite or H is no second moment; OptionError for options out of range.
     """
-    if block < 1 or damping < 0:
-        raise OptionError(f"gptq needs block >= 1 and damping >= 0, not {block} and {damping}")
+    if block < 1 or damping < 0 or damp not in ("channel", "mean"):
+        raise OptionError(f"gptq needs block >= 1, damping >= 0 and damp 'channel' or 'mean', not {block}, {damping} and {damp!r}")
     h = hessian(stats, weight, name)
     fixed: Grid | None = grid(weight, scheme, rule=rule, name=name)  # raises for what cannot be quantized
     if clip:
@@ -53,12 +55,16 @@ def solve(
     elif not (act_order or static_groups or scheme.scale is not None):
         fixed = None
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(h), device=h.device)
-    moves, used = propagation(h[order][:, order] if act_order else h, damping, name)
+    if act_order:
+        h = h[order]
+        h = h[:, order]  # two steps, so that no more than two of these matrices live at once: with K = 14,336 each takes 0.8 GiB
+    moves, used = propagation(h, damping, name, damp, own=True)
+    del h
     if used != damping:
-        log.warning("gptq: %s: H is too near to singular; damping raised from %g to %g of its mean diagonal", name or "(unnamed)", damping, used)
+        log.warning("gptq: %s: H is too near to singular; damping raised from %g to %g of its diagonal", name or "(unnamed)", damping, used)
     work = weight.detach().float().t().index_select(0, order)
     scales: _Fixed | _Found = _Found(scheme, rule, weight.shape) if fixed is None else _Fixed(fixed, order)
-    codes = _columns(work, moves, scheme.fmt, scales, spans(len(h), block, scales.whole))
+    codes = _columns(work, moves, scheme.fmt, scales, spans(len(order), block, scales.whole))
     codes = codes.index_select(0, torch.argsort(order)).t().contiguous()
     return from_codes(codes.view(scheme.fmt.dtype), scales.grid())
 
@@ -71,7 +77,7 @@ def stackable(schemes: Sequence[Scheme]) -> bool:
     return len(set(schemes)) == 1 and all(level.group[0] == 1 for level in levels)
 
 
-def propagation(h: Tensor, damping: float, name: str = "") -> tuple[Tensor, float]:
+def propagation(h: Tensor, damping: float, name: str = "", damp: str = "channel", own: bool = False) -> tuple[Tensor, float]:
     """``T`` (K, K) float32, upper triangular with ones on its diagonal: an error e in column j moves column l > j by ``-e T_jl``. And the damping that was used.
 
     Tried with ten times the damping (from 1e-4 where it was zero) up to 1, each in float32 first and in float64 then. Raises WeightError where no damping makes H positive definite.
@@ -82,26 +88,34 @@ def propagation(h: Tensor, damping: float, name: str = "") -> tuple[Tensor, floa
     if not bool(mean > 0):
         log.warning("gptq: %s: the calibration saw only zeros, so that no rounding is better than the nearest", name or "(unnamed)")
         return torch.eye(len(h), device=h.device), damping
+    if damp == "channel":  # the same on channels of unit size: H = S C S gives T = S T_C S^-1
+        size = torch.where(dead, 1.0, diagonal).sqrt()
+        moves, share = propagation((h if own else h.clone()).div_(size).div_(size[:, None]), damping, name, "mean")
+        return moves.mul_(size[:, None]).div_(size), share
     share = damping
     while share <= 1 or share == damping:
         filled = torch.where(dead, mean, diagonal) + share * mean  # a dead channel is coupled to nothing: any positive value will do
         for dtype in (torch.float32, torch.float64):
-            moves = _unit_inverse(h.to(dtype, copy=True).diagonal_scatter(filled.to(dtype)))
+            moves = _unit_inverse(h.to(dtype), filled.to(dtype))
             if moves is not None:
                 return moves.float(), share
         share = share * 10 if share else 1e-4
     raise WeightError(f"the second moment (hessian) of the input of {name or '(unnamed)'} is not positive definite even with {share / 10:g} of its mean diagonal added; take the statistics again")
 
 
-def _unit_inverse(h: Tensor) -> Tensor | None:
-    """``diag(R) R^-1`` for ``h = R R^T`` with R upper triangular; None where a pivot is within rounding of zero. ``h`` is consumed."""
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+def _unit_inverse(h: Tensor, diagonal: Tensor) -> Tensor | None:
+    """``diag(R) R^-1`` for ``R R^T`` = h with another diagonal, R upper triangular; None where a pivot is within rounding of zero."""
+    reversed_ = h.flip(0, 1)
+    reversed_.diagonal().copy_(diagonal.flip(0))
+    lower, info = torch.linalg.cholesky_ex(reversed_)
+    del reversed_
     pivots = lower.diagonal().square()
-    floor = 4 * torch.finfo(h.dtype).eps * len(h) ** 0.5 * h.diagonal().amax()
+    floor = 4 * torch.finfo(h.dtype).eps * len(h) ** 0.5 * diagonal.amax()
     if not bool((info == 0) & (pivots.amin() > floor)):
         return None
     upper = lower.flip(0, 1)
-    upper = upper / upper.diagonal()
+    del lower
+    upper.div_(upper.diagonal().clone())
     out = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True, unitriangular=True)
     return out if bool(torch.isfinite(out).all()) else None
 

@@ -36,7 +36,7 @@ def plan_of(sites: Mapping[str, Site], recipe: Recipe, used: set[int] | None = N
     """What every site gets. A model that holds codes already is left as it is by a recipe that nobody named."""
     done = recipe.implied and any(site.stored for site in sites.values())
     left = Skip("the model is quantized already; name a recipe to quantize what it left")
-    return {site.name: left if done and site.stored is None else decide(site, recipe, used) for site in sites.values()}
+    return {name: left if done and site.stored is None else decide(site, recipe, used) for name, site in sites.items()}
 
 
 def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice | Skip:
@@ -74,4 +74,4 @@ def _choice(weight: str, x: str | None, why: str, methods: tuple[Method, ...]) -
 def signature(gm: fx.GraphModule) -> tuple[str, ...]:
     """What a compiled graph depends on of its plan: the decision of each site and what was found for it, in order."""
     plan = gm.meta["plan"]
-    return tuple(f"{plan[name]} {plan[name].key if isinstance(plan[name], Choice) else ''}" for name in gm.meta["sites"])
+    return tuple(f"{c}: {c.key}" if isinstance(c := plan[name], Choice) and c.methods else str(c) for name in gm.meta["sites"])

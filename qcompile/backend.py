@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 import qcompile
 from qcompile import compat, stored
-from qcompile.calibrate import Recorder, renamed, session, settle
+from qcompile.calibrate import Recorder, remember_code, renamed, session, settle
 from qcompile.capture import capture
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.recipe import Choice, Rule
@@ -46,6 +46,7 @@ log = logging.getLogger("qcompile.backend")
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
     opts = Options.parse(options, mode)
+    remember_code(example_inputs)
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
     if _training(example_inputs):
@@ -115,7 +116,7 @@ class CompiledGraph:
         if problem := _no_compiler(inputs):
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return _Eager(gm)
-        patches = {"epilogue_fusion_first": True, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
+        patches = {"epilogue_fusion_first": True, "realize_reads_threshold": 8, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
         if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
             patches["triton.cudagraphs"] = False
             self.notes.append("no CUDA graph for this graph: it makes a cache that outlives the call; the graphs that read the cache have theirs")

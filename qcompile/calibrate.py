@@ -23,7 +23,7 @@ from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarnin
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.gate import enforce
-from qcompile.missed import functions
+from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
@@ -40,6 +40,8 @@ KEPT: list[Unit] = []
 KEEP_BYTES = 256 << 20
 """Recorded calls that are kept after they were used; larger recordings are dropped then."""
 _SESSIONS: list[Session] = []
+_CODES: list[tuple[Any, list[weakref.ref[Tensor]]]] = []
+"""Code objects that Dynamo compiled graphs for, and the parameters of these graphs."""
 
 
 class Session:
@@ -290,7 +292,19 @@ def _forget_code(fast: Any) -> None:
     """Make Dynamo capture anew what it has compiled for ``fast``."""
     for fn in functions(fast):
         if hasattr(fn, "__code__"):
-            compat.reset_code(fn)
+            compat.reset_code(fn.__code__)
+    module = module_of(fast)
+    mine = {id(p) for p in module.parameters()} if module is not None else None
+    _CODES[:] = [(code, refs) for code, refs in _CODES if any(ref() is not None for ref in refs)]
+    for code, refs in _CODES:
+        if mine is None or any(id(ref()) in mine for ref in refs):
+            compat.reset_code(code)
+
+
+def remember_code(inputs: Sequence[Any]) -> None:
+    """Note which code the graph that is being compiled belongs to, so that it can be captured again."""
+    if (code := compat.compiling()) is not None:
+        _CODES.append((code, [weakref.ref(a) for a in inputs if isinstance(a, nn.Parameter)]))
 
 
 def concrete(value: Any) -> Any:

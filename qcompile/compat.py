@@ -240,11 +240,28 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
 
 
-def reset_code(fn: Callable[..., Any]) -> None:
-    """Drop Dynamo's compiled entries of one function, so that its next call captures again."""
-    from torch._C._dynamo.eval_frame import reset_code as reset
+def compiling() -> Any:
+    """The code object that Dynamo compiles at this moment: not always a function of the model, for torch's own modules run through a wrapper. None where it does not say."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    reset(fn.__code__)
+    try:
+        return InstructionTranslator.current_tx().output.root_tx.f_code  # type: ignore[union-attr]
+    except AttributeError:
+        return None
+
+
+def reset_code(code: Any) -> None:
+    """Drop Dynamo's compiled entries of one function's code, and of what follows its graph breaks, so that its next call captures again."""
+    from torch._C._dynamo.eval_frame import reset_code as reset
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
+    front, seen = [code], []
+    while front:
+        code = front.pop()
+        if not any(code is other for other in seen):
+            seen.append(code)
+            reset(code)
+            front += ContinueExecutionCache.cache[code].values() if code in ContinueExecutionCache.cache else []
 
 
 def original(fast: Any) -> Any:

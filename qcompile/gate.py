@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from qcompile.core.errors import QcompileWarning, StrictError
 from qcompile.core.recipe import Choice
 from qcompile.passes import SOLVERS, TRANSFORMS
+from qcompile.quality import Quality
 from qcompile.replay import Unit
-from qcompile.sequence import Outcome, Quality, Solved, solution_key
+from qcompile.sequence import Outcome, Solved, solution_key
 from qcompile.weights import TABLE
 
 MODEL_DB = 10.0

@@ -15,8 +15,8 @@ from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.missed import functions, limit, module_of, unread, why_nothing
-from qcompile.report import GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
-from qcompile.tables import EXACT_DB
+from qcompile.report import Calibrated, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
+from qcompile.sqnr import energy, ratio, sqnr
 
 if TYPE_CHECKING:
     from qcompile.backend import CompiledGraph
@@ -42,22 +42,6 @@ def explain(fast: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return collector.report(fast)
 
 
-def sqnr(exact: Tensor, approximate: Tensor) -> float | None:
-    """10 log10(sum exact^2 / sum (exact - approximate)^2) in dB; 200 where they are equal, None where one of them is not finite or all is zero."""
-    return _decibels(_energy(exact), _energy(exact.float() - approximate.float()))
-
-
-def _energy(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.float(), dtype=torch.float64)) ** 2
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    ratio = torch.tensor([signal, noise], dtype=torch.float64)
-    if not bool(torch.isfinite(ratio).all()) or signal == 0:
-        return None
-    return EXACT_DB if noise == 0 else min(EXACT_DB, float(10 * torch.log10(ratio[0] / ratio[1])))
-
-
 @dataclass
 class _Use:
     """One graph with one set of parameters."""
@@ -68,6 +52,10 @@ class _Use:
     sites: list[SiteRow] = field(default_factory=list)
     kept: list[KeptRow] = field(default_factory=list)
     calls: int = 1
+    names: dict[str, str] = field(default_factory=dict)
+    """Sites -> their names in the report."""
+    counted: dict[int, Tensor] = field(default_factory=dict)
+    """Arguments whose slots count, which is read when all calls have run."""
 
 
 @dataclass
@@ -122,6 +110,7 @@ class _Collector:
             weight.roles.add(site.role)
             name, rows = _display(graph._renamed(site, args, names), site), measured.rows.get(site.name, site.m)
             flops = 2 * rows * site.n * site.k
+            use.names[site.name] = name
             if isinstance(choice, Choice):
                 weight.quantized[site.view] = site.nbytes
                 tensors = measured.packed[site.name]
@@ -131,10 +120,11 @@ class _Collector:
                 given = str(choice.input) if choice.input else None
                 decibels = measured.weight_db(site), measured.output_db.get(site.name)
                 sizes = site.nbytes, after, flops, self._number(parameter), number
-                use.sites.append(SiteRow(name, site.shape, site.role, str(choice.weight), given, choice.why, bits, *decibels, _kernel(graph, site), rows, regime(rows), *sizes))
+                use.sites.append(SiteRow(name, site.shape, site.role, str(choice.weight), given, choice.why, bits, *decibels, _kernel(graph, site), rows, regime(rows), *sizes, measured.calibrated(site)))
             else:
                 weight.kept = True
                 use.kept.append(KeptRow(name, site.shape, site.role, str(choice), site.nbytes, self._number(parameter), rows, flops, number))
+        use.counted = {slot.arg: args[slot.arg] for slot in graph.slots if slot.what == "missed"}
         self._left_alone(use, args, number, names)
 
     def _left_alone(self, use: _Use, args: Sequence[Any], number: int, names: dict[int, tuple[nn.Module, str, str]]) -> None:
@@ -161,6 +151,8 @@ class _Collector:
 
     def report(self, fast: Any) -> Report:
         """Rows of all graphs, the parameters that none of them read, and the sums."""
+        from qcompile import calibrated
+
         module = module_of(fast)
         seen = {id(p) for use in self.uses.values() for p in use.parameters}
         missed = list(unread(module, seen, self._number)) if module is not None else []
@@ -171,6 +163,8 @@ class _Collector:
         kept = [row for use in self.uses.values() for row in use.kept] + [row for row, _, _ in missed]
         graphs = tuple(self._graph_row(i, graph) for i, graph in enumerate(self.graphs))
         notes = [f"graph {row.index}: {note}" for row in graphs for note in row.notes]
+        notes += calibrated.notes({row.name: row.calibrated for row in sites})
+        notes += [note for use in self.uses.values() for note in calibrated.missed(use.graph, use.counted, use.names)]
         if not any(row.sites for row in graphs):
             notes.append("no linear was found in the graphs that ran")
         if missed and (full := compat.at_recompile_limit(functions(fast))):
@@ -249,9 +243,15 @@ class _Measured:
         for e in experts:
             part = exact[e].float()
             part = part if solution is None else solution.prepared(part)
-            signal += _energy(part)
-            noise += _energy(part - dequantize(QTensor.unflatten([t[e] for t in tensors], scheme, site.k)))
-        return _decibels(signal, noise)
+            signal += energy(part)
+            noise += energy(part - dequantize(QTensor.unflatten([t[e] for t in tensors], scheme, site.k)))
+        return ratio(signal, noise)
+
+    def calibrated(self, site: Site) -> Calibrated | None:
+        """What calibration found for a site."""
+        from qcompile import calibrated
+
+        return calibrated.of(self.graph, site.name, self._solution(site))
 
     def _choice(self, site: Site) -> Choice:
         choice: Choice = self.graph.plan[site.name]

@@ -76,8 +76,9 @@ def statistics(seen: Observed, found: Calibrated | None = None) -> tuple[Any, st
     chosen = torch.tensor(found.outliers, dtype=torch.int64) if found is not None and found.outliers else None
     marked = outlying(peak) if chosen is None else chosen
     figure, (left, right) = canvas(11, 2.6, 2)
-    left.vlines(range(len(peak)), 0, peak.tolist(), color=BLUE, linewidth=max(0.4, min(3.0, 400 / max(len(peak), 1))))
-    left.vlines(marked.tolist(), 0, peak[marked].tolist(), color=RED, linewidth=1.5)
+    wide = max(0.4, min(3.0, 400 / max(len(peak), 1)))
+    left.vlines(range(len(peak)), 0, peak.tolist(), color=BLUE, linewidth=wide)
+    left.vlines(marked.tolist(), 0, peak[marked].tolist(), color=RED, linewidth=max(1.5, wide))
     left.set_xlabel("channel", fontsize=8)
     left.set_ylabel("largest |x|", fontsize=8)
     if marked.numel():

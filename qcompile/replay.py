@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from qcompile.stored import values
 
 Env = dict[fx.Node, Any]
 NARROW = 1.5
-"""A cut is narrow where it carries at most this many times the bytes of the narrowest one."""
+"""A cut is narrow where it carries at most this many times the bytes of the lower quartile of the best cuts between neighbouring groups: in a transformer, the residual stream."""
 
 
 @dataclass
@@ -69,9 +69,16 @@ class Unit:
         self.plan: dict[str, Any] = gm.meta["plan"]
         self._index = {node: i for i, node in enumerate(self.nodes)}
         self._last = {node: max((self._index[u] for u in node.users), default=self._index[node]) for node in self.nodes}
+        for node in self.nodes:  # whose rows go to which expert is read when the product is replaced, not only where the graph picks weights by it
+            product = experts.resolve(node) if "site" in node.meta else None
+            if isinstance(product, experts.Experts) and product.index is not None:
+                self._last[product.index] = max(self._last[product.index], self._index[node])
         self._live = self._find_live()
         self.groups = self._find_groups()
         self.cut = len(self.placeholders)
+        ends = sorted({self.cut, *(g.position for g in self.groups)})
+        between = sorted(self.best_cut(low + 1, high)[1] for low, high in pairwise(ends))
+        self.narrow = NARROW * between[len(between) // 4] if between else 0.0
 
     def parameter(self, site: Site) -> Tensor:
         """The live weight of a site. Raises WeightError where the model is gone."""
@@ -225,9 +232,12 @@ def as_recorded(unit: Unit) -> Iterator[None]:
 
 def advance(unit: Unit, group: Group, product: Callable[[Unit, fx.Node, Env], Any], see: Callable[[Env], None], budget: float, tick: Callable[[], None]) -> None:
     """Bring every call of ``unit`` to the input of ``group`` and show it: ``see(env)`` with the values there. What is carried on the way stays carried."""
-    position, bytes_there = unit.best_cut(unit.cut, group.position)
-    narrowest = min((unit.best_cut(g.position, g.position)[1] for g in unit.groups), default=0)
-    carry = position > unit.cut and (bytes_there * len(unit.calls) <= budget or bytes_there <= NARROW * narrowest)
+    position, size = unit.cut, 0
+    if group.position > unit.cut and unit.live_bytes(group.position) * len(unit.calls) <= budget:
+        position = group.position
+    elif group.position > unit.cut:
+        position, size = unit.best_cut(unit.cut + 1, group.position)
+    carry = position > unit.cut and (size * len(unit.calls) <= budget or size <= unit.narrow)
     with as_recorded(unit):
         for call in unit.calls:
             if not call.env:
@@ -268,5 +278,5 @@ def rows_of(unit: Unit, node: fx.Node, env: Env) -> tuple[Tensor, Tensor | None]
     product = experts.resolve(node)
     x = env[input_of(node)]
     if not isinstance(product, experts.Experts):
-        return x.reshape(-1, x.shape[-1]), None
+        return x.reshape(-1, x.shape[-1]).to(node.meta["example_value"].dtype), None  # autocast rounds what the product reads
     return experts.rows(product, x, None if product.index is None else env[product.index])

@@ -12,13 +12,35 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qcompile.core.errors import QcompileError
 from qcompile.tables import WIDTH, Cells, decibels, plain, shape_text, size, table
 
+if TYPE_CHECKING:
+    from qcompile.statistics import Calibration
+
 SMALL = 64
 """Greatest number of rows that counts as a small batch: below it a linear is bound by reading its weight."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found for one linear."""
+
+    solver: str
+    steps: tuple[str, ...]
+    """The recipe's methods with their arguments."""
+    place: str | None
+    """Where the vector that smooths its input went, and why; None where there is none."""
+    outliers: tuple[int, ...]
+    """Columns of the input that stay in 16 bits."""
+    clip: tuple[float, float] | None
+    """The fixed range of the (smoothed) input."""
+    decibels: float | None
+    """SQNR of its output on the calibration data, behind the quantized linears before it."""
+    tokens: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,7 @@ class SiteRow:
     parameter: int
     """Number of the parameter in this report: rows of several graphs may read the same one."""
     graph: int
+    calibrated: Calibrated | None = None
 
     @property
     def scheme(self) -> str:
@@ -149,11 +172,11 @@ class Group(Generic[Row]):
     @property
     def m(self) -> str:
         """Rows of the input, a range where they differ."""
-        counts = [row.rows for row in self.rows]
-        return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+        return _span([row.rows for row in self.rows])
 
 
 INDEX = re.compile(r"(?<![^.\[@])\d+(?![^.\]@])")
+NUMBER = re.compile(r"\d+")
 
 
 def collapse(rows: Sequence[Row], same: Callable[[Row], Any]) -> list[Group[Row]]:
@@ -161,13 +184,13 @@ def collapse(rows: Sequence[Row], same: Callable[[Row], Any]) -> list[Group[Row]
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault((INDEX.sub("*", row.name), same(row)), []).append(row)
-    return [Group(_pattern([row.name for row in members]), tuple(members)) for members in groups.values()]
+    return [Group(_pattern([row.name for row in members], INDEX), tuple(members)) for members in groups.values()]
 
 
-def _pattern(names: Sequence[str]) -> str:
-    columns = zip(*(INDEX.findall(name) for name in names))
+def _pattern(names: Sequence[str], index: re.Pattern[str]) -> str:
+    columns = zip(*(index.findall(name) for name in names))
     shown = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
-    return INDEX.sub(lambda _: next(shown), names[0])
+    return index.sub(lambda _: next(shown), names[0])
 
 
 def regime(rows: int) -> str:
@@ -203,8 +226,8 @@ class Report:
         """JSON of ``to_dict``; what is not available is null."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
-    def save_html(self, path: str | pathlib.Path) -> None:
-        """One HTML file that needs no other."""
+    def save_html(self, path: str | pathlib.Path, calibration: Calibration | None = None) -> None:
+        """One HTML file that needs no other; with what a ``calibration`` saw of each input as plots, which need matplotlib."""
         try:
             from jinja2 import Environment, FileSystemLoader, StrictUndefined
         except ImportError as error:
@@ -212,7 +235,12 @@ class Report:
         loader = FileSystemLoader(pathlib.Path(__file__).parent / "templates")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters.update(size=size, db=decibels, shape=shape_text)
-        page = environment.get_template("report.html").render(report=self, groups=self.site_groups(), kept=self.kept_groups(), passes=self.passes(), summary=self.summary())
+        inputs: list[tuple[str, str, str]] = []
+        if calibration is not None:
+            from qcompile import plots
+
+            inputs = plots.inputs(calibration, {row.name: row.calibrated for row in self.sites if row.calibrated is not None})
+        page = environment.get_template("report.html").render(report=self, groups=self.site_groups(), kept=self.kept_groups(), passes=self.passes(), summary=self.summary(), calibrated=self._calibrated_cells, inputs=inputs)
         pathlib.Path(path).write_text(page, encoding="utf-8")
 
     def site_groups(self, full: bool = False) -> list[Group[SiteRow]]:
@@ -220,6 +248,13 @@ class Report:
         if full:
             return [Group(row.name, (row,)) for row in self.sites]
         return collapse(self.sites, lambda r: (r.shape, r.role, r.scheme, r.bits, r.kernel, r.regime))
+
+    def calibrated_groups(self, full: bool = False) -> list[Group[SiteRow]]:
+        """Linears that were calibrated, equal layers together."""
+        rows = [row for row in self.sites if row.calibrated is not None]
+        if full:
+            return [Group(row.name, (row,)) for row in rows]
+        return collapse(rows, lambda r: (c := r.calibrated) and (c.solver, c.steps, NUMBER.sub("*", c.place or ""), c.clip is None))
 
     def kept_groups(self, full: bool = False) -> list[Group[KeptRow]]:
         """Weights that keep their bits, equal layers together."""
@@ -255,7 +290,7 @@ class Report:
         from rich.text import Text
 
         yield Text("qcompile: " + ", ".join(dict.fromkeys(g.recipe for g in self.graphs)), style="bold")
-        for columns, rows in (self._site_cells(full), self._kept_cells(full), self._sums(), self._pass_cells()):
+        for columns, rows in (self._site_cells(full), self._calibrated_cells(full), self._kept_cells(full), self._sums(), self._pass_cells()):
             if rows:
                 yield Text()
                 yield table(columns, rows, width)
@@ -272,6 +307,12 @@ class Report:
             rows.append([*cells, row.kernel.partition(":")[0], f"{group.m} {row.regime}", size(group.total("bytes_after"), group.total("bytes_before"))])
         return ("linear", "shape", "scheme", ">bits", ">dB", ">out dB", "kernel", "rows", ">bytes"), rows
 
+    def _calibrated_cells(self, full: bool) -> Cells:
+        rows = [[g.label, *calibrated_words(g)] for g in self.calibrated_groups(full)]
+        columns = ("calibrated", "by", ">tokens", ">dB then", ">columns", "range", "smoothing")
+        shown = [i for i in range(len(columns)) if i < 4 or any(row[i] != "-" for row in rows)]
+        return tuple(columns[i] for i in shown), [[row[i] for i in shown] for row in rows]
+
     def _kept_cells(self, full: bool) -> Cells:
         rows = [[g.label, shape_text(g.first.shape), size(g.total("nbytes")), g.first.reason] for g in self.kept_groups(full)]
         return ("kept as it is", "shape", ">bytes", "why"), rows
@@ -286,3 +327,18 @@ class Report:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def calibrated_words(group: Group[SiteRow]) -> list[str]:
+    """Methods, tokens, least dB, outlier columns, the fixed range and the place of the smoothing vector of calibrated linears; ranges where they differ."""
+    found = [row.calibrated for row in group.rows if row.calibrated is not None]
+    first, known = found[0], [f.decibels for f in found if f.decibels is not None]
+    clips = [f.clip for f in found if f.clip is not None]
+    clip = f"{min(c[0] for c in clips):.3g} .. {max(c[1] for c in clips):.3g}" if clips else "-"
+    counts = [len(f.outliers) for f in found]
+    columns = "-" if not any(counts) else _span(counts)
+    return [", ".join(first.steps) or first.solver, _span([f.tokens for f in found]), decibels(min(known, default=None)), columns, clip, _pattern([f.place or "-" for f in found], NUMBER)]
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"

@@ -25,8 +25,9 @@ from qcompile.core.solution import Solution
 from qcompile.options import Options
 from qcompile.passes.sites import Site
 from qcompile.progress import bar, track
+from qcompile.quality import Quality, compared, head_of, tensors
 from qcompile.replay import Call, Env, Group, Unit, advance, as_recorded, original
-from qcompile.sequence import Quality, Run, compared, head_of, solution_key, stages
+from qcompile.sequence import Run, solution_key, stages
 from qcompile.solve import Member
 from qcompile.tables import EXACT_DB, decibels, plain, shape_text, size, table
 
@@ -39,7 +40,7 @@ Key = tuple[int, str, str, str]
 class Effect:
     """What one linear does to the model's output. ``decibels``: its SQNR, 200 where it is exact, None where it is not finite; ``kl``: nats, None without a head.
 
-    ``reached``: the model's output was measured; where code between two graphs computes something else of what the first returned, it is that graph's output instead.
+    ``reached``: the model's output was measured; where code outside of the captured graphs computes with what a graph returned, it is that graph's output instead.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Sensitivity:
         if broken := [r.name for r in self.rows if not r.finite]:
             yield Text(f"note: the output is NaN or infinite: {', '.join(broken)}")
         if apart := [r.name for r in self.rows if not r.reached]:
-            yield Text(f"note: measured at the output of their own graph, for code between the graphs changes what it returned: {', '.join(apart)}")
+            yield Text(f"note: measured at the output of a captured graph, for code outside of the graphs computes the rest: {', '.join(apart)}")
 
     def to_json(self) -> str:
         """JSON of the fields; what is not available is null."""
@@ -139,28 +140,40 @@ def sensitivity(
     """
     if mode not in MODES:
         raise OptionError(f"mode is {' or '.join(map(repr, MODES))}, not {mode!r}")
-    options = dict(recipe) if isinstance(recipe, Mapping) else {"recipe": recipe}
+    options: dict[str, Any] = dict(recipe) if isinstance(recipe, Mapping) else {"recipe": recipe}
     named = str(Options.parse(options).recipe)
     plainly = compat.original(model)
     _check_random(plainly)
-    with Recording(torch.compile(plainly, backend="qcompile", options=options), progress, memory) as session:
+    session = Recording(torch.compile(plainly, backend="qcompile", options=options), progress, memory)
+    with session:
         for batch in track(data, "recording", progress):
-            call(session.fast, batch)
+            session.end(call(session.fast, batch))
     if not session.units:
         raise CalibrationError("no linear ran: give sensitivity a model that torch.compile can capture, and at least one batch")
     total = sum(len(unit.calls) * len(unit.groups) for unit in session.units)
     with bar("sensitivity", 2 * total, progress) as step:
-        probe = Probe(session.units, session.budget, lambda: step(1))
+        probe = Probe(session.units, session.budget, lambda: step(1), session.ends)
         probe.solve()
         rows, whole = probe.measure(mode)
     if not rows:
         raise CalibrationError("nothing to rank: under this recipe every linear keeps 16 bits")
     ranked = sorted(rows, key=_cost if mode == "one" else _gain)
-    return Sensitivity(named, mode, tuple(ranked), _db(whole), whole.kl)
+    return Sensitivity(named, mode, tuple(ranked), _db(whole), _kl(whole))
 
 
 class Recording(Session):
-    """A sitting that only records: nothing is solved, and nothing of it is kept."""
+    """A sitting that only records: nothing is solved, and nothing of it is kept. ``ends`` holds the ids of the calls that made what the model returned."""
+
+    def __init__(self, fast: Any, progress: bool, memory: str | int | None) -> None:
+        super().__init__(fast, progress, memory)
+        self.ends: set[int] = set()
+
+    def end(self, value: Any) -> None:
+        """Note which calls made what a batch returned."""
+        for t in tensors(value):
+            made = self._made.get(id(t))
+            if made is not None and made[0]() is t:
+                self.ends.add(id(made[-2]))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close()
@@ -179,10 +192,11 @@ class Probe(Run):
     ``_base`` holds what calls return under what is carried from linear to linear, where that is not the original and a later graph reads it.
     """
 
-    def __init__(self, units: Sequence[Unit], budget: float, tick: Callable[[], None]) -> None:
+    def __init__(self, units: Sequence[Unit], budget: float, tick: Callable[[], None], ends: set[int]) -> None:
         super().__init__(units, budget, tick, lambda line: None)
         self.solutions: dict[Key, Solution] = {}
         self.active: Callable[[Key], bool] = lambda key: False
+        self.ends = ends
         self._base: dict[int, Any] = {}
         self._exact: dict[int, Any] = {}
         self._room = budget
@@ -203,7 +217,7 @@ class Probe(Run):
         for stage in stages(self.units):
             self._group(stage, again=True)
         for unit in self.units:
-            _rewind(unit)
+            unit.reset()
 
     def measure(self, mode: str) -> tuple[list[Effect], Quality]:
         """The effect of every linear, and the output with all of them quantized."""
@@ -216,7 +230,7 @@ class Probe(Run):
                     done |= self._follow(unit, one, None, 0, whole, read if mode != "one" else ())[0]
         self.active = lambda key: mode != "one"  # what carries values to the next linear
         for unit in self.units:
-            _rewind(unit)
+            unit.reset()
             for one in unit.calls:
                 one.outputs = self._base.get(id(one))
         return [row for stage in stages(self.units) for row in self._stage(stage, mode)], whole
@@ -246,7 +260,7 @@ class Probe(Run):
                 self.active = carrying
 
             advance(unit, group, self.product, see, self.budget, self.tick)
-        return [Effect(site.name, site.shape, str(choice), site.nbytes, _db(q), q.kl, q.finite, reached) for (site, choice), q in zip(sites, qualities)]
+        return [Effect(site.name, site.shape, str(choice), site.nbytes, _db(q), _kl(q), q.finite, reached) for (site, choice), q in zip(sites, qualities)]
 
     def _follow(self, unit: Unit, one: Call, env: Env | None, start: int, quality: Quality, keep: Container[int] = ()) -> tuple[set[int], bool]:
         """Run a call from ``start`` on, then all calls of later graphs that read what it returned, and add the outputs of the model to ``quality``; those of ``keep`` become ``_base``.
@@ -273,13 +287,12 @@ class Probe(Run):
             if id(c) in keep:
                 self._base[id(c)] = c.outputs
             c.outputs = self._base.get(id(c))
-        last = self.units[-1]
-        return set(ran), any(u is last or head_of(u) is not None or u.shares(last) for u, _ in ends)
+        return set(ran), not self.ends.isdisjoint(ran)
 
     def _measured(self, ends: list[tuple[Unit, Call]]) -> list[tuple[Unit, Call]]:
-        """Calls whose outputs are the model's: of graphs with a head; else of the last graph that was reached."""
+        """Calls whose outputs are the model's: those with logits, else those that the model returned; else of the last graph that was reached."""
         heads = [(u, c) for u, c in ends if head_of(u) is not None]
-        return heads or [(u, c) for u, c in ends if u is ends[-1][0]]
+        return heads or [(u, c) for u, c in ends if id(c) in self.ends] or [(u, c) for u, c in ends if u is ends[-1][0]]
 
     def _original(self, unit: Unit, one: Call) -> Any:
         """What a call returns unquantized, kept while there is room for it."""
@@ -293,19 +306,16 @@ class Probe(Run):
         return value
 
 
-def _rewind(unit: Unit) -> None:
-    """Back to the beginning of the graph, nothing carried."""
-    unit.cut = len(unit.placeholders)
-    for one in unit.calls:
-        one.env, one.outputs = {}, None
-
-
 def _key(unit: Unit, site: Site, choice: Choice) -> Key:
     return (id(unit.parameter(site)), *solution_key(site, choice))
 
 
 def _db(quality: Quality) -> float | None:
     return None if quality.decibels is None else min(quality.decibels, EXACT_DB)
+
+
+def _kl(quality: Quality) -> float | None:
+    return quality.kl if quality.finite else None
 
 
 def _cost(row: Effect) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from qcompile.core.stats import check_finite, merge_all, new, update_all
 from qcompile.memory import is_released
 from qcompile.passes import experts, producers
 from qcompile.passes.sites import Site, view
+from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
 from qcompile.solve import Member, Observed, Product, complete, decibels, first_needs, inverse, needs_data, prepare, spread, then_needs
 from qcompile.weights import TABLE, fingerprint
@@ -46,41 +47,6 @@ class Solved:
     notes: tuple[str, ...] = ()
     asked: Choice | None = None
     spread: float | None = None
-
-
-@dataclass
-class Quality:
-    """Outputs of the quantized units against the original ones: SQNR in dB, mean KL divergence of next-token distributions where the model has a head, and whether all is finite."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-    divergence: float = 0.0
-    positions: int = 0
-    finite: bool = True
-
-    def see(self, exact: Tensor, y: Tensor, logits: bool) -> None:
-        """Add one output. What is not finite in the original itself (masked logits) does not count."""
-        known = torch.isfinite(exact)
-        self.finite &= bool(torch.isfinite(y[known]).all())
-        self.signal += float(exact[known].double().square().sum())
-        self.noise += float((y[known].double() - exact[known].double()).square().sum())
-        if logits:
-            for a, b in zip(exact.reshape(-1, exact.shape[-1]).split(1024), y.reshape(-1, y.shape[-1]).split(1024)):
-                p, q = a.float().log_softmax(-1), b.float().log_softmax(-1)
-                self.divergence += float(torch.where(p > -float("inf"), p.exp() * (p - q), 0).sum())
-                self.positions += a.shape[0]
-
-    @property
-    def decibels(self) -> float | None:
-        """SQNR of all outputs."""
-        if not self.signal or not self.finite:
-            return None
-        return float("inf") if self.noise == 0 else 10 * float(torch.tensor(self.signal / self.noise, dtype=torch.float64).log10())
-
-    @property
-    def kl(self) -> float | None:
-        """Mean over positions, in nats; None without a head."""
-        return self.divergence / self.positions if self.positions else None
 
 
 @dataclass
@@ -158,14 +124,26 @@ class Run:
     def _run(self, again: bool) -> Outcome:
         order = list(stages(self.units))
         last = {id(unit): i for i, stage in enumerate(order) for unit, _ in stage}
+        maker = {id(call): unit for unit in self.units for call in unit.calls}
         for i, stage in enumerate(order):
-            for unit in self.units[: max(self.units.index(unit) for unit, _ in stage)]:  # what any of them reads
-                if last.get(id(unit), -1) < i:
-                    self._finish(unit)
+            for unit, _ in stage:
+                self._sources(unit, i, last, maker, set())
             self._group(stage, again)
+            for unit, _ in stage:
+                if last[id(unit)] == i:
+                    self._finish(unit)
         for unit in self.units:
+            self._sources(unit, len(order), last, maker, set())
             self._finish(unit)
         return self.outcome
+
+    def _sources(self, unit: Unit, stage: int, last: Mapping[int, int], maker: Mapping[int, Unit], seen: set[int]) -> None:
+        """Finish the units whose outputs a unit reads, where all that they have is solved: those of a graph without linears, too."""
+        seen.add(id(unit))
+        for earlier in {id(e): maker.get(id(e)) for call in unit.calls for e, _ in call.links.values()}.values():
+            if earlier is not None and id(earlier) not in seen and last.get(id(earlier), -1) < stage:
+                self._sources(earlier, stage, last, maker, seen)
+                self._finish(earlier)
 
     def _finish(self, unit: Unit) -> None:
         if id(unit) in self._finished:
@@ -294,19 +272,6 @@ class Run:
         return experts.shaped(how, y, x)
 
 
-def head_of(unit: Unit) -> int | None:
-    """Size of the vocabulary where a unit has a head."""
-    return next((s.n for s in unit.sites.values() if s.role == "head"), None)
-
-
-def compared(quality: Quality, exact: Any, outputs: Any, head: int | None) -> None:
-    """Add what a call returned, quantized, beside what it returns unquantized: the logits where there are any, else the first values that are not integers."""
-    pairs = [(a, b) for a, b in zip(_tensors(exact), _tensors(outputs)) if a.is_floating_point() and a.numel()]
-    chosen = [p for p in pairs if head is not None and p[0].shape[-1] == head] or pairs
-    for a, b in chosen[:1]:
-        quality.see(a, b, head is not None and a.shape[-1] == head)
-
-
 def stages(units: Sequence[Unit]) -> Iterator[list[tuple[Unit, Group]]]:
     """Groups in the order in which the units were first called; a group that several units read is one stage of all of them."""
     found: dict[tuple[Any, ...], list[tuple[Unit, Group]]] = {}
@@ -339,10 +304,3 @@ def _alike(members: Sequence[Member]) -> list[list[Member]]:
     for m in members:
         sets.setdefault((m.choice.input, m.choice.methods), []).append(m)
     return list(sets.values())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    values: Sequence[Any] = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return [t for v in values for t in _tensors(v)]

@@ -170,6 +170,7 @@ class WeightTable:
             if entry is not None:
                 GENERATION[0] += 1
                 if [(t.shape, t.dtype, t.device) for t in entry.tensors] == [(t.shape, t.dtype, t.device) for t in fresh]:
+                    _keep_apart(record.solutions.get(key) if key else None, entry.tensors, fresh)
                     for old, new in zip(entry.tensors, fresh):
                         old.copy_(new)
                     fresh = entry.tensors
@@ -237,6 +238,15 @@ def _codes(p: Tensor, w: Tensor, scheme: Scheme, path: str, solution: Solution |
     if solution.q is not None:
         warnings.warn(f"qcompile: the weight {path} changed since it was calibrated: rounded to nearest now. Calibrate again for solved codes.", QcompileWarning, stacklevel=2)
     return quantize(solution.prepared(w), scheme, name=path)
+
+
+def _keep_apart(solution: Solution | None, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """A graph reads the solved codes themselves. Before other codes are written to their place (the weight changed), the solution gets its own copy: the weight may change back."""
+    if solution is None or solution.q is None:
+        return
+    mine = solution.q.flatten()
+    if any(a.data_ptr() == b.data_ptr() for a, b in zip(mine, old)) and any(a.data_ptr() != b.data_ptr() for a, b in zip(mine, new)):
+        solution.q = QTensor.unflatten([t.clone() for t in mine], solution.q.scheme, solution.q.k)
 
 
 def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:

@@ -50,10 +50,10 @@ def test_rows(report):
     assert why["convolution.weight"] == "a convolution with a kernel of 3" and why["unused"] == "no compiled graph reads it in this call"
 
 
-def bfloat16_up(x: np.ndarray) -> np.ndarray:
-    """The least bfloat16 that is not below a positive float32."""
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 of a positive float32, ties to even."""
     bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0xFFFF) & 0xFFFF0000).view(np.float32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def decibels(exact: np.ndarray, y: np.ndarray) -> float:
@@ -67,7 +67,7 @@ def test_sqnr_against_numpy(given):
     options = {"weight": "int8.row", **({"input": given} if given else {}), **EAGER}
     row = qcompile.explain(torch.compile(layer, backend="qcompile", options=options), x).sites[0]
     w, v = layer.weight.detach().numpy(), x.numpy()
-    scale = bfloat16_up(np.abs(w).max(1, keepdims=True) / 127)
+    scale = bfloat16(np.abs(w).max(1, keepdims=True) / 127)
     w_hat = np.rint(w / scale) * scale
     axis = {"int8.row": 1, "int8.tensor.static": None, None: None}[given]
     step = np.abs(v).max(axis, keepdims=True) / 127
@@ -108,7 +108,7 @@ def test_autocast_casts_the_input_first():
 
     def expected(v: np.ndarray) -> float:
         w = layer.weight.detach().numpy()
-        scale, step = bfloat16_up(np.abs(w).max(1, keepdims=True) / 127), np.abs(v).max(1, keepdims=True) / 127
+        scale, step = bfloat16(np.abs(w).max(1, keepdims=True) / 127), np.abs(v).max(1, keepdims=True) / 127
         return decibels(v.astype(np.float64) @ w.T, (np.rint(v / step) * step).astype(np.float64) @ (np.rint(w / scale) * scale).T)
 
     assert row.output_db == pytest.approx(expected(x.bfloat16().float().numpy()), abs=1e-3)
@@ -318,3 +318,64 @@ def test_notes_are_the_graphs(report):
     fast = torch.compile(nn.Linear(32, 32), backend="qcompile", options={"ignore": ["nothing_like_this"], **EAGER})
     with pytest.warns(qcompile.QcompileWarning):
         assert "graph 0: rule 'nothing_like_this' matched nothing" in qcompile.explain(fast, torch.randn(2, 32)).notes
+
+
+# --- what calibration found ----------------------------------------------------------------------------------------------
+
+
+def calibrated(model: nn.Module, data: list[torch.Tensor], **options: object) -> tuple[object, qcompile.Report, object]:
+    """(compiled model, its report, calibration)."""
+    from qcompile.calibrate import calibrate
+
+    fast = torch.compile(model, backend="qcompile", options={**options, **EAGER})
+    found = calibrate(fast, data, progress=False)
+    return fast, qcompile.explain(fast, data[0]), found
+
+
+def test_uncalibrated_rows_have_none(report):
+    assert {row.calibrated for row in report.sites} == {None}
+
+
+def test_rows_of_a_calibrated_model():
+    torch.manual_seed(0)
+    data = [torch.randn(40, 64) for _ in range(3)]
+    options = {"weight": "int4.g32", "input": "int8.tensor.static", "passes": ["smooth(alpha=0.5)", "gptq"]}
+    with pytest.warns(qcompile.QcompileWarning, match="120 tokens for 128 input channels"):
+        _, report, found = calibrated(Block().eval(), data, **options)
+    up, down = (row.calibrated for row in report.sites)
+    assert (up.solver, up.steps, up.tokens, up.outliers) == ("gptq", ("smooth(alpha=0.5)", "gptq"), 120, ())
+    assert up.place.startswith("multiply: ") and "residual stream" in up.place and down.place == "rows: in the rows of up"
+    assert [row.calibrated.decibels for row in report.sites] == [s.decibels for s in found.outcome.solved]
+    assert up.notes == () and down.notes == ("120 tokens for 128 input channels: the Hessian is singular and leans on its damping",)
+    assert [n for n in report.notes if "Hessian" in n] == [f"down: {down.notes[0]}"]
+    assert -up.clip[0] == up.clip[1] > 0 and json.loads(report.to_json())["sites"][0]["calibrated"]["clip"] == list(up.clip)
+
+
+def test_clip_is_what_the_input_saturates_at():
+    data = [torch.rand(40, 64) * 5 - 1]
+    for scheme, ends in (("int8.tensor.static", (-1, 1)), ("uint8.tensor.point.static", (0, 1))):
+        _, report, _ = calibrated(nn.Linear(64, 32), data, weight="int8.row", input=scheme)
+        low, high = report.sites[0].calibrated.clip
+        peak = float(data[0].max())
+        assert high == pytest.approx(peak, rel=0.02)
+        assert low == pytest.approx(-peak if ends[0] else float(data[0].min()), rel=0.05)
+
+
+def test_static_outlier_columns_are_listed():
+    data = [torch.randn(40, 64)]
+    data[0][:, [7, 50]] *= 30
+    _, report, _ = calibrated(nn.Linear(64, 32), data, recipe="LLM_INT8_STATIC")
+    assert report.sites[0].calibrated.outliers == (7, 50) and report.sites[0].calibrated.place is None
+
+
+def test_calls_with_more_outliers_than_columns_are_counted():
+    x = torch.randn(8, 64) * 0.1
+    x[0, [3, 9, 20]] = 50.0
+    layer = nn.Linear(64, 32)
+    fast = torch.compile(layer, backend="qcompile", options={"recipe": "W8A8", "passes": ["outliers(dynamic=2)"], **EAGER})
+    with torch.no_grad():
+        fast(x), fast(x * 0.01), fast(x)
+    expected = "weight: in 3 calls more than 2 columns of the input passed 6.0, those beyond were quantized: outliers(dynamic=4) keeps more"  # the call that is explained counts, too
+    assert qcompile.explain(fast, x).notes == (expected,)
+    enough = torch.compile(nn.Linear(64, 32), backend="qcompile", options={"recipe": "W8A8", "passes": ["outliers(dynamic=3)"], **EAGER})
+    assert qcompile.explain(enough, x).notes == ()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import html.parser
 import io
 import json
 import re
+import sys
+from typing import Any
 
 import expecttest
 import pytest
@@ -14,7 +17,7 @@ import torch
 from explained import EAGER, IDS, Block, tiny
 
 import qcompile
-from qcompile.report import KeptRow, collapse, regime
+from qcompile.report import Calibrated, KeptRow, SiteRow, collapse, regime
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ qcompile: W8A8 (int8.row @ int8.row)
 linear             shape   scheme               bits    dB  out dB  kernel     rows                bytes
 -----
 layers.*.up  x3    128x64  int8.row @ int8.row  8.25  48.2    42.5  reference  14 small  98.3 -> 25.3 kB
-layers.*.down  x3  64x128  int8.row @ int8.row  8.12  48.1    42.6  reference  14 small  98.3 -> 25.0 kB
+layers.*.down  x3  64x128  int8.row @ int8.row  8.12  48.2    42.4  reference  14 small  98.3 -> 25.0 kB
 
 kept as it is       shape      bytes  why
 -----
@@ -97,6 +100,43 @@ match            1              4  --  1 of 2 linears get a scheme
 observe          1              0  --
 lower            1              5  --  1 linears lowered""",
         )
+
+
+class TestCalibrated(expecttest.TestCase):
+    def test_text(self) -> None:
+        from qcompile.calibrate import calibrate
+
+        fast = torch.compile(tiny(), backend="qcompile", options={"recipe": "W8A8_STATIC", "passes": ["smooth", "outliers(columns=3)"], **EAGER})
+        calibrate(fast, [IDS, IDS + 3], progress=False)
+        shown = masked(str(qcompile.explain(fast, IDS))).split("\n\n")[2]
+        self.assertExpectedInline(shown, """\
+calibrated         by                    tokens  dB then  columns  range            smoothing
+-----
+layers.*.up  x3    smooth,                   28     43.0        3  -0.648 .. 0.648  multiply: kept as a multiply: x is
+                   outliers(columns=3)                                              also read by add (x_*) (residual
+                                                                                    stream)
+layers.*.down  x3  smooth,                   28     43.1        3  -0.403 .. 0.403  rows: in the rows of layers.*.up
+                   outliers(columns=3)""")
+
+
+def calibrated_row(site: SiteRow, name: str = "layers.0.up", **found: Any) -> SiteRow:
+    values = dict(solver="rtn", steps=("smooth",), place="norm: in layers.0.norm", outliers=(), clip=None, decibels=30.0, tokens=100)
+    return dataclasses.replace(site, name=name, calibrated=Calibrated(**{**values, **found}))
+
+
+def test_calibrated_table(report):
+    rows = (
+        calibrated_row(report.sites[0]),
+        calibrated_row(report.sites[0], "layers.1.up", place="norm: in layers.1.norm", outliers=(3, 4), decibels=20.04, tokens=90),
+        calibrated_row(report.sites[0], "head", steps=(), place=None, decibels=None),
+    )
+    text = dataclasses.replace(report, sites=rows).table()
+    lines = [line.split() for line in text.split("\n\n")[2].splitlines()]
+    assert lines[0] == ["calibrated", "by", "tokens", "dB", "then", "columns", "smoothing"]
+    assert lines[2] == ["layers.*.up", "x2", "smooth", "90-100", "20.0", "0-2", "norm:", "in", "layers.*.norm"] and lines[3] == ["head", "rtn", "100", "n/a", "-", "-"]
+    assert len(dataclasses.replace(report, sites=rows).table(full=True).split("\n\n")[2].splitlines()) == 5
+    long = calibrated_row(report.sites[0], "model.layers.3.mixture.experts.gate_and_up_projection", steps=("smooth(alpha=0.75)", "outliers(columns=64)", "gptq", "bias"), clip=(-1.0, 2.0), place="x" * 200)
+    assert max(map(len, dataclasses.replace(report, sites=(long,)).table().splitlines())) <= 120
 
 
 def test_json(report):
@@ -187,3 +227,24 @@ def test_html_escapes_and_shows_what_is_missing(report, tmp_path):
     dataclasses.replace(report, sites=(odd,), notes=("<script>",)).save_html(str(tmp_path / "r.html"))
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "<b>&" in page.words and "n/a" in page.words and page.counts["rect"] == 1 and "script" not in page.counts
+
+
+def test_html_of_a_calibration(tmp_path, monkeypatch):
+    from qcompile.calibrate import calibrate
+
+    fast = torch.compile(tiny(), backend="qcompile", options={"recipe": "W8A8_STATIC", **EAGER})
+    calibration = calibrate(fast, [IDS, IDS + 3], progress=False)
+    report = qcompile.explain(fast, IDS)
+    report.save_html(tmp_path / "r.html", calibration)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    images = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]+)"></details>', page)
+    assert len(images) == 6 and all(base64.b64decode(data).startswith(b"\x89PNG") for _, data in images)
+    assert "input of layers.0.up" in images[0][0] and "28 tokens, 64 channels" in page and "clipped to [" in page and "What calibration found" in page
+    calibration.save(tmp_path / "c.safetensors")
+    report.save_html(tmp_path / "again.html", type(calibration).load(tmp_path / "c.safetensors"))
+    assert len(re.findall("<img", (tmp_path / "again.html").read_text(encoding="utf-8"))) == 6
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(qcompile.QcompileError, match="pip install matplotlib"):
+        report.save_html(tmp_path / "r.html", calibration)
+    report.save_html(tmp_path / "plain.html")
+    assert "<img" not in (tmp_path / "plain.html").read_text(encoding="utf-8")

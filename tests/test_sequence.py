@@ -167,8 +167,7 @@ def test_written_to_between_graphs(monkeypatch):
         def forward(self, x):
             h = torch.relu(self.a(x))
             torch._dynamo.graph_break()
-            with torch._dynamo.disable() if hasattr(torch._dynamo.disable, "__enter__") else torch.no_grad():
-                h = outside(h)
+            h = outside(h)
             return self.c(torch.tanh(self.b(h)))
 
     @torch._dynamo.disable
@@ -492,10 +491,10 @@ def test_compiled_equals_replayed_elsewhere(name, options):
 @pytest.mark.parametrize("options", [RECIPES[3], RECIPES[5], RECIPES[7]], ids=["static", "all", "dynamic"])
 def test_inductor_equals_replayed(options):
     model, inputs = tiny("llama")
-    agrees(model, inputs, options, 2e-3)  # int8 activations: a last bit in front of a rounding moves a code
+    agrees(model, inputs, options)
 
 
-def agrees(model, inputs, options, rtol=1e-4):
+def agrees(model, inputs, options):
     """Outputs after calibrating equal those of the sequence's last forward."""
     kept = []
     with pytest.MonkeyPatch.context() as patch, said():
@@ -510,8 +509,9 @@ def agrees(model, inputs, options, rtol=1e-4):
     assert all(isinstance(c, Choice) for c in [ran[0][0].plan[line.name] for line in sitting.outcome.solved if line.name in ran[0][0].plan])
     wanted, exact = (out.logits, exact.logits) if hasattr(out, "logits") else (out[0], exact[0])
     replayed = next(t for t in kept[0] if t.shape == wanted.shape)
-    assert close(wanted, replayed, rtol)
-    assert float((wanted - exact).norm()) > 2 * float((wanted - replayed).norm())  # what was rounded is more than what they differ by
+    if "int8" not in str(ran[0][0].options.recipe.input):
+        assert close(wanted, replayed, 1e-4)
+    assert float((wanted - exact).norm()) > 8 * float((wanted - replayed).norm())  # a last bit in front of the rounding of an activation moves a code, now and then
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from torch import Tensor
 from .errors import WeightError, unknown
 from .formats import decode, encode
 from .layouts import LAYOUTS
-from .ranges import RANGES, TINY, round_up
+from .ranges import RANGES, TINY
 from .scheme import Scheme
 
 SCALE_DTYPE = torch.bfloat16
-"""Stored scales: the range of float32 in 16 bits; rounded up, and codes are taken against the rounded scale."""
+"""Stored scales: the range of float32 in 16 bits; rounded to nearest, and codes are taken against the rounded scale. (Rounding up keeps a maximum from being clipped, by at most 2**-9
+of it, and costs twice the error: 3.7 % more of it for NF4 on a sentence encoder.)"""
 
 
 @dataclass
@@ -114,7 +115,7 @@ def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape:
     if zero is None:
         y = t / s
     elif scheme.zero == "min":
-        held = _store(zero, scheme, name, scale_dtype, up=False)
+        held = _store(zero, scheme, name, scale_dtype)
         y = (t + value(held)[..., :, None, :, None]) / s
     else:
         held = zero[..., :, 0, :, 0].to(scheme.fmt.dtype)
@@ -123,11 +124,12 @@ def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape:
     return QTensor(pack(codes, scheme), stored, held, scheme, k)
 
 
-def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype, up: bool = True) -> Tensor | QTensor:
+def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype) -> Tensor | QTensor:
     flat = scale[..., :, 0, :, 0]  # (..., N/r, K/c)
     if scheme.scale is not None:
         return quantize(flat, scheme.scale, name=f"scales of {name}", scale_dtype=dtype)
-    return (round_up(flat, dtype) if up else flat.to(dtype)).contiguous()
+    most = torch.finfo(dtype).max
+    return flat.clamp(-most, most).to(dtype).contiguous()
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -220,7 +222,7 @@ def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[
     stored = _store(scale[..., :, None, :, None], scheme, name, scale_dtype)
     held: Tensor | QTensor | None = None
     if zero is not None:
-        held = _store(zero[..., :, None, :, None], scheme, name, scale_dtype, up=False) if scheme.zero == "min" else zero.to(scheme.fmt.dtype)
+        held = _store(zero[..., :, None, :, None], scheme, name, scale_dtype) if scheme.zero == "min" else zero.to(scheme.fmt.dtype)
     return Grid(stored, held, scheme, tuple(shape))
 
 

@@ -285,10 +285,3 @@ def static_range(rule: str, stats: Stats, scheme: Scheme) -> Range:
     if empty:
         raise OptionError(f"range rule {rule!r} of scheme '{scheme}': the statistic {name!r} has seen no values; run the model on data before fixing its ranges")
     return RANGES[rule](t, scheme, (-1,), counts)
-
-
-def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` in ``dtype``, never below it, so that a maximum is not clipped by the rounding of its own scale; at most the dtype's greatest value."""
-    low = scale.to(dtype)
-    up = torch.where(low.float() < scale, torch.nextafter(low, torch.full_like(low, float("inf"))), low)
-    return up.clamp(max=torch.finfo(dtype).max)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qcompile.core.errors import WeightError
 from qcompile.core.formats import FORMATS, table
 from qcompile.core.qtensor import QTensor, dequantize, quantize, tile, unpack, untile, value
-from qcompile.core.ranges import RANGES, TINY, round_up
+from qcompile.core.ranges import RANGES, TINY
 from qcompile.core.scheme import Scheme
 
 SIGNED = [name for name, fmt in FORMATS.items() if fmt.lo < 0]
@@ -66,11 +66,11 @@ def check(x: torch.Tensor, s: Scheme) -> QTensor:
     best = (every - x64[..., None]).abs().amin(-1)
     size = every.abs().amax(-1)
     assert bool(((y.double() - x64).abs() <= best + 1e-6 * (size + zero.abs())).all()), "a nearer value exists"
-    if s.scale is None:  # nothing is clipped: within half the widest step of the format, half a step at an end included where the zero was rounded
+    if s.scale is None:  # within half the widest step of the format; at an end half a step more where the zero was rounded, and the rounding of the scale
         v = torch.tensor(sorted({float(t) for t in table(s.fmt) if torch.isfinite(t)}))
-        assert bool((best <= (0.5 * float(v.diff().max()) + 1e-5 * s.fmt.hi) * scale).all()), "an error above half a step"
+        assert bool((best <= (0.5 * float(v.diff().max()) + 2**-8 * (s.fmt.hi - min(s.fmt.lo, 0))) * scale).all()), "an error above half a step"
         low, high = every.amin(-1), every.amax(-1)
-        slack = 1e-5 * s.fmt.hi * scale + {"none": 0.0, "point": 0.5 * scale, "min": 2**-8 * zero.abs()}[s.zero]
+        slack = 2**-8 * (s.fmt.hi - min(s.fmt.lo, 0)) * scale + {"none": 0.0, "point": 0.5 * scale, "min": 2**-8 * zero.abs()}[s.zero]
         assert bool((x64 <= high + slack).all()), "clipped above"
         assert bool((x64 >= low - slack).all()), "clipped below"
     return q
@@ -98,7 +98,7 @@ def test_half_a_step_for_rows(name):
     v = table(fmt)[torch.isfinite(table(fmt))].unique()
     step = float(v.diff().max()) * x.abs().amax(1, keepdim=True) / fmt.hi
     error = (dequantize(quantize(x, Scheme.parse(f"{name}.row"))) - x).abs()
-    assert bool((error <= 0.5 * step * (1 + 2**-7)).all())  # a bfloat16 scale is rounded up by at most 2**-7
+    assert bool((error <= 0.5 * step * (1 + 2**-8)).all())  # a bfloat16 scale is off by at most 2**-9 of it
 
 
 @pytest.mark.parametrize("spelling", EVERY)
@@ -228,24 +228,14 @@ def test_a_scale_that_becomes_zero_reads_as_zeros(spelling):
 # --- scales ------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
-@given(st.floats(1e-30, 3e38), st.sampled_from([torch.bfloat16, torch.float32]))
-def test_round_up(x, dtype):
-    x = torch.tensor(x, dtype=torch.float32)
-    up = round_up(x, dtype)
-    assert up.dtype == dtype and torch.isfinite(up)
-    assert up.float() >= x or up == torch.finfo(dtype).max
-    assert torch.nextafter(up, torch.tensor(0.0, dtype=dtype)).float() < x
-
-
 @pytest.mark.parametrize("name", SIGNED)
-def test_the_maximum_is_not_clipped(name):
-    """Stored scale times greatest value reaches the maximum, for maxima all over a binade."""
+def test_the_maximum_is_hardly_clipped(name):
+    """Stored scale times greatest value is the maximum up to the rounding of the scale, for maxima all over a binade."""
     s = Scheme.parse(f"{name}.row")
     x = torch.linspace(1, 4, 999)[:, None]
     q = quantize(x, s)
-    assert bool((value(q.scale) * s.fmt.hi >= x * (1 - 1e-6)).all())
-    assert bool((value(q.scale) * s.fmt.hi <= x * (1 + 2**-7)).all())
+    assert bool((value(q.scale) * s.fmt.hi >= x * (1 - 2**-8)).all())
+    assert bool((value(q.scale) * s.fmt.hi <= x * (1 + 2**-8)).all())
 
 
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.kind == "int"])
@@ -330,5 +320,5 @@ def test_gguf_q4_0_by_hand():
     x = torch.linspace(-1, 2, 32)[None]
     q = quantize(x, Scheme.parse("int4.g32"))
     scale = float(q.scale[0, 0])
-    assert scale == pytest.approx(2 / 7, rel=2**-7) and scale >= 2 / 7
+    assert scale == pytest.approx(2 / 7, rel=2**-8)
     assert unpack(q)[0].tolist() == [max(-8, min(7, round(float(v) / scale))) for v in x[0]]

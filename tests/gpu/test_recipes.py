@@ -40,7 +40,7 @@ def error(y: torch.Tensor, ref: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name, row in RECIPES.items() if not row.passes])
 def test_recipe(recipe, shape, dtype):
     check(RECIPES[recipe].weight, RECIPES[recipe].input, shape, dtype, ROWS, {"recipe": recipe})
 

@@ -29,7 +29,7 @@ def by_definition(w: Tensor, scheme: Scheme, h: Tensor, *, damping: float = 0.01
     """Codes of OBQ in a fixed order, float64: round a column, then move the open ones by ``-(w - q) Hinv_1 / Hinv_11``, Hinv the inverse of the open part of H."""
     n, k = w.shape
     c = scheme.extent(n, k)[1]
-    h = h.double() + damping * h.double().diagonal().mean() * torch.eye(k)
+    h = h.double() + damping * h.double().diagonal().diag()
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(k)
     w, out = w.double().clone(), torch.empty(n, k, dtype=scheme.fmt.dtype)
     scale, zero = grid(w.float(), scheme).elements()
@@ -159,11 +159,10 @@ def test_few_tokens_and_outliers():
 def test_damping_rises_where_it_must(caplog):
     _, x = layer(1, 64, tokens=20)
     h = x.T @ x / len(x)
-    assert gptq.propagation(h, 0.01)[1] == 0.01
+    assert gptq.propagation(h, 0.01)[1] == gptq.propagation(h, 0.01, damp="mean")[1] == 0.01
     t, used = gptq.propagation(h, 0.0)
     assert used > 0 and torch.equal(t.tril(), torch.eye(64))
-    lowered = h - 0.05 * h.diagonal().mean() * torch.eye(64)  # no second moment has a negative eigenvalue; one added up in 16 bits may
-    lowered.diagonal().clamp_(min=1e-6)
+    lowered = h - 0.05 * h.diagonal().diag()  # no second moment has a negative eigenvalue; one added up in 16 bits may
     with caplog.at_level(logging.WARNING, "qcompile.passes"):
         gptq.solve(torch.randn(8, 64), Scheme.parse("int4.row"), from_h(lowered), name="layers.0.down")
     assert "layers.0.down" in caplog.text and "from 0.01 to 0.1" in caplog.text
@@ -175,7 +174,7 @@ def test_double_precision_before_more_damping():
     """A condition number that float32 cannot factor and float64 can."""
     q, _ = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))
     h = q @ torch.diag(torch.logspace(0, -10, 64, dtype=torch.float64)) @ q.T
-    assert gptq._unit_inverse(h.float()) is None and gptq._unit_inverse(h) is not None
+    assert gptq._unit_inverse(h.float(), h.diagonal().float()) is None and gptq._unit_inverse(h, h.diagonal()) is not None
     assert gptq.propagation(h, 1e-9)[1] == 1e-9
 
 
@@ -266,3 +265,24 @@ def test_clip_starts_from_the_clipped_grid():
     scheme = Scheme.parse("int3.g64")
     q = gptq.solve(w, scheme, second_moment(x), clip=True)
     assert torch.equal(q.scale, clip_search(w, scheme, x.T @ x / len(x)).scale) and not torch.equal(q.scale, rtn.solve(w, scheme).scale)
+
+
+@pytest.mark.parametrize("damp", ["channel", "mean"])
+def test_damping_is_of_each_channel_or_of_the_mean(damp):
+    """T from the explicit inverse of the damped H; by the channel it follows any scaling of the channels."""
+    x = torch.randn(200, 24, dtype=torch.float64)
+    h = x.T @ x / 200
+    s = torch.logspace(-2, 2, 24, dtype=torch.float64)
+    for scale in (torch.ones_like(s), s):
+        scaled = h / scale / scale[:, None]
+        added = scaled.diagonal() if damp == "channel" else scaled.diagonal().mean().expand(24)
+        u = torch.linalg.cholesky(torch.linalg.inv(scaled + 0.01 * added.diag()), upper=True)
+        want = u / u.diagonal()[:, None]
+        assert torch.allclose(gptq.propagation(scaled, 0.01, damp=damp)[0].double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    if damp == "channel":
+        assert torch.allclose(gptq.propagation(h / s / s[:, None], 0.01)[0].double() * s[:, None] / s, gptq.propagation(h, 0.01)[0].double(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_name_of_no_damping():
+    with pytest.raises(OptionError, match="damp 'channel' or 'mean'"):
+        gptq.solve(torch.randn(8, 16), Scheme.parse("int4.row"), from_h(torch.eye(16)), damp="median")
