@@ -33,12 +33,13 @@ log = logging.getLogger("qcompile.passes")
 
 
 def solve(
-    weight: Tensor, scheme: Scheme, stats: Stats, *, block: int = 128, damping: float = 0.01, damp: str = "channel", act_order: bool = True, static_groups: bool = False,
+    weight: Tensor, scheme: Scheme, stats: Stats, *, block: int = 128, damping: float | None = None, damp: str = "channel", act_order: bool = True, static_groups: bool = False,
     clip: bool = False, rule: str = "absmax", name: str = "",
 ) -> QTensor:  # fmt: skip
     """``weight`` (N, K) float32, unchanged. Every scheme; groups may be ragged.
 
-    ``damping``: share of H's diagonal that is added to it, times ten (up to 1) as often as the factorization asks for it; logged. ``damp="channel"`` adds to each channel of its own
+    ``damping``: share of H's diagonal that is added to it, times ten (up to 1) as often as the factorization asks for it; logged. Where none is given it is ``shrinkage``: 1 % on much data,
+    more where few tokens leave the correlations uncertain. ``damp="channel"`` adds to each channel of its own
     diagonal: the solution then does not depend on how channels are scaled (smoothed, say). ``damp="mean"`` adds of the mean diagonal, as the paper does: outlier channels, which make the
     mean, then drown the correlations of all others (error 0.81 of round to nearest's where 0.58 is possible, on a language model with six channels 300 times larger).
     ``act_order``: columns with the greatest H_jj first. Scales are then found before (static groups), so that storage keeps the order of the channels.
@@ -46,6 +47,7 @@ def solve(
     ``clip``: start from AWQ's clipped ranges. ``block`` trades nothing but time. A channel that is always zero (H_jj = 0) is rounded to nearest.
     Raises WeightError, naming ``name``, where the weight or H is not finite or H is no second moment; OptionError for options out of range.
     """
+    damping = shrinkage(stats, weight.shape[-1]) if damping is None else damping
     if block < 1 or damping < 0 or damp not in ("channel", "mean"):
         raise OptionError(f"gptq needs block >= 1, damping >= 0 and damp 'channel' or 'mean', not {block}, {damping} and {damp!r}")
     h = hessian(stats, weight, name)
@@ -56,8 +58,8 @@ def solve(
         fixed = None
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(h), device=h.device)
     if act_order:
-        h = h[order]
-        h = h[:, order]  # two steps, so that no more than two of these matrices live at once: with K = 14,336 each takes 0.8 GiB
+        h = h.index_select(0, order)
+        h = h.index_select(1, order)  # two steps, so that no more than two of these matrices live at once: with K = 14,336 each takes 0.8 GiB
     moves, used = propagation(h, damping, name, damp, own=True)
     del h
     if used != damping:
@@ -67,6 +69,15 @@ def solve(
     codes = _columns(work, moves, scheme.fmt, scales, spans(len(order), block, scales.whole))
     codes = codes.index_select(0, torch.argsort(order)).t().contiguous()
     return from_codes(codes.view(scheme.fmt.dtype), scales.grid())
+
+
+def shrinkage(stats: Stats, k: int) -> float:
+    """Share of the diagonal that is added to H: 1 %, and K / (4 tokens) where that is more, at most 1.
+
+    Correlations of K channels on T tokens are off by about sqrt(1 / T) each, and the solution trusts all of them: with few tokens it fits noise. On a sentence encoder with 1,077 tokens for
+    384 to 1,536 channels this leaves 0.83 of the error that 1 % leaves.
+    """
+    return min(max(0.01, k / (4 * max(float(stats["hessian"]["count"]), 1.0))), 1.0)
 
 
 def stackable(schemes: Sequence[Scheme]) -> bool:

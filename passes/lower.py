@@ -84,7 +84,7 @@ class _Builder:
             y = graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
         out = y
         if split is not None:
-            out = graph.call_function(torch.add, (out, outliers.product(graph, self._columns(split, site, choice, weight), split)))
+            out = graph.call_function(torch.add, (out, outliers.product(graph, self._columns(split, node, site, choice, weight), split)))
         if bias is not None:
             out = graph.call_function(torch.add, (out, bias))
         if choice.corrected:
@@ -108,11 +108,18 @@ class _Builder:
                 self._splits[key] = outliers.given(graph, x, *(self._slot(what, first, theirs) for what in ("mask", "outliers")))
         return self._splits[key]
 
-    def _columns(self, split: outliers.Split, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
-        """(N, C): what multiplies the outlier columns. Dynamic ones are read off the codes, as in bitsandbytes; static ones were kept in 16 bits."""
-        if outliers.dynamic(choice) is None:
+    def _columns(self, split: outliers.Split, node: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
+        """(N, C): what multiplies the outlier columns. Static ones were kept; dynamic ones are those of the 16-bit weight, or are read off the codes."""
+        how, graph = outliers.dynamic(choice), self.gm.graph
+        if how is None:
             return self._slot("columns", site, choice)
-        return self.gm.graph.call_function(target("columns"), (weight, split.index, str(choice.weight), site.k))
+        if how.codes:
+            return graph.call_function(target("columns"), (weight, split.index, str(choice.weight), site.k))
+        columns = graph.call_function(torch.index_select, (node.args[1], -1, split.index))
+        if choice.smooth:  # x was divided by s, so that these columns are multiplied by it
+            inverse = graph.call_function(torch.index_select, (self._slot("smooth", *leader(self.gm, site, choice)), 0, split.index))
+            columns = graph.call_function(torch.div, (columns, inverse))
+        return columns
 
     def _grouped(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, product: experts.Experts, weight: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
         """Rows to (S, K), the product, and back to the shape that the node had."""

@@ -2,8 +2,9 @@
 
 ``X W^T = Q(X_dense) Q(W)^T + X_o W_o^T``. Two ways to choose the columns:
  * static, ``outliers(threshold=6.0)`` or ``outliers(columns=64)``: those that calibration saw above the threshold (or the largest ones); the weight's columns are kept in 16 bits;
- * dynamic, ``outliers(dynamic=64, threshold=6.0)``, the paper's rule with static shapes: on every call the 64 largest columns, less those that stay below the threshold. No data is
-   needed, nothing is synchronized; calls in which more columns pass the threshold are counted.
+ * dynamic, ``outliers(dynamic=32, threshold=6.0)``, the paper's rule with static shapes: on every call the 32 largest columns, less those that stay below the threshold. No data is
+   needed, nothing is synchronized; calls in which more columns pass the threshold are counted. W_o comes from the 16-bit weight, which then stays in memory;
+   ``outliers(dynamic=32, weights="codes")`` takes it from the codes instead, as bitsandbytes does: half the memory, and the rounding of these columns of W is multiplied by outliers.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """How many columns a call may keep, and from which magnitude on."""
+    """How many columns a call may keep, from which magnitude on, and whether the weight's columns are read off its codes."""
 
     columns: int
     threshold: float
+    codes: bool = False
 
 
 def columns(stats: Stats, threshold: float = THRESHOLD, columns: int | None = None) -> Tensor:
@@ -51,7 +53,8 @@ def dynamic(choice: Choice) -> Dynamic | None:
     """The settings of a dynamic split; None where there is none."""
     for method in choice.methods:
         if method.name == "outliers" and method.options.get("dynamic"):
-            return Dynamic(int(method.options["dynamic"]), float(method.options.get("threshold", THRESHOLD)))  # type: ignore[call-overload, arg-type]
+            given = method.options
+            return Dynamic(int(given["dynamic"]), float(given.get("threshold", THRESHOLD)), given.get("weights") == "codes")  # type: ignore[call-overload, arg-type]
     return None
 
 

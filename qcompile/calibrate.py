@@ -106,8 +106,8 @@ class Session:
             self.units.append(unit)
         links = {}
         for i, a in enumerate(args):
-            made = self._made.get(id(a)) if isinstance(a, Tensor) else None
-            if made is not None and made[0]() is a and made[1] == _version(a):  # as it was returned: not written to since
+            made = self._made.get(id(a))
+            if isinstance(a, Tensor) and made is not None and made[0]() is a and made[1] == _version(a):  # as it was returned: not written to since
                 links[i] = made[2:]
         return unit.record(args, links)
 

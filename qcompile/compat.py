@@ -242,26 +242,16 @@ def source_name(node: fx.Node) -> str:
 
 def compiling() -> Any:
     """The code object that Dynamo compiles at this moment: not always a function of the model, for torch's own modules run through a wrapper. None where it does not say."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        return InstructionTranslator.current_tx().output.root_tx.f_code  # type: ignore[union-attr]
-    except AttributeError:
-        return None
+    with contextlib.suppress(AttributeError):
+        return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_code
+    return None
 
 
 def reset_code(code: Any) -> None:
     """Drop Dynamo's compiled entries of one function's code, and of what follows its graph breaks, so that its next call captures again."""
-    from torch._C._dynamo.eval_frame import reset_code as reset
-    from torch._dynamo.resume_execution import ContinueExecutionCache
-
-    front, seen = [code], []
-    while front:
-        code = front.pop()
-        if not any(code is other for other in seen):
-            seen.append(code)
-            reset(code)
-            front += ContinueExecutionCache.cache[code].values() if code in ContinueExecutionCache.cache else []
+    torch._C._dynamo.eval_frame.reset_code(code)
+    for later in torch._dynamo.resume_execution.ContinueExecutionCache.cache.get(code, {}).values():
+        reset_code(later)
 
 
 def original(fast: Any) -> Any:

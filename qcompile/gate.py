@@ -55,11 +55,12 @@ def verdict(outcome: Outcome) -> list[Finding]:
     found = []
     if whole:
         suspects = broken or low or _lowest(outcome.solved)
-        found.append(_finding(suspects, f"the model's output has collapsed: {whole}; the worst linears are {_listed(suspects)}" if suspects else f"the model's output has collapsed: {whole}"))
+        worst = f"; the worst linears are {_listed(suspects)}" if suspects else ""
+        found.append(_finding(suspects, f"the model's output has collapsed: {whole}{worst}", "keep in 16 bits what costs most: qcompile.sensitivity(model, recipe, data).ignore(4)"))
     if broken:
-        found.append(_finding(broken, f"outputs that are NaN or infinite: {_listed(broken)}"))
+        found.append(_finding(broken, f"outputs that are NaN or infinite: {_listed(broken)}", _ignore(broken)))
     if low:
-        found.append(_finding(low, f"linears far below their peers: {_listed(low, _median(outcome.solved))}"))
+        found.append(_finding(low, f"linears far below their peers: {_listed(low, _median(outcome.solved))}", _ignore(low)))
     return found
 
 
@@ -89,9 +90,9 @@ def _model(quality: Quality) -> str:
         return "it holds values that are NaN or infinite"
     words = []
     if quality.decibels is not None and quality.decibels < MODEL_DB:
-        words.append(f"SQNR {quality.decibels:.1f} dB, where less than {MODEL_DB:.0f} is noise")
+        words.append(f"its SQNR is {quality.decibels:.1f} dB ({MODEL_DB:.0f} at least)")
     if quality.kl is not None and quality.kl > MODEL_KL:
-        words.append(f"KL divergence of its next tokens {quality.kl:.2f} nats, where more than {MODEL_KL} is another model")
+        words.append(f"the KL divergence of its next tokens {quality.kl:.2f} nats ({MODEL_KL} at most)")
     return " and ".join(words)
 
 
@@ -144,13 +145,15 @@ def _listed(lines: Sequence[Solved], medians: dict[str, float] | None = None) ->
     return ", ".join(map(one, lines[:NAMED])) + more
 
 
-def _finding(lines: Sequence[Solved], measured: str) -> Finding:
-    names = tuple(dict.fromkeys(line.name for line in lines))
-    helps = list(dict.fromkeys(word for line in lines for word in remedies(line))) if lines else ["keep more of the model in 16 bits (ignore=[...])"]
-    if names:
-        more = ", ..." if len(names) > NAMED else ""
-        helps.append(f"keep them in 16 bits: ignore=[{', '.join(map(repr, names[:NAMED]))}{more}]")
-    return Finding(names, measured, "Likely to help: " + "; or ".join(helps))
+def _finding(lines: Sequence[Solved], measured: str, last: str) -> Finding:
+    helps = dict.fromkeys([*(word for line in lines for word in remedies(line)), last])
+    return Finding(tuple(dict.fromkeys(line.name for line in lines)), measured, "Likely to help: " + "; or ".join(helps))
+
+
+def _ignore(lines: Sequence[Solved]) -> str:
+    names = list(dict.fromkeys(line.name for line in lines))
+    more = ", ..." if len(names) > NAMED else ""
+    return f"keep them in 16 bits: ignore=[{', '.join(map(repr, names[:NAMED]))}{more}]"
 
 
 def remedies(line: Solved) -> list[str]:

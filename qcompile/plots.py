@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BLUE, RED, GREY = "#54aeff", "#cf222e", "#8c959f"
 POINTS = 400
-"""Bars of a histogram: neighbouring bins are drawn together."""
+"""Steps of a histogram: neighbouring bins are drawn together."""
 
 
 def canvas(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
@@ -31,8 +31,10 @@ def canvas(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QcompileError("plots need matplotlib: pip install matplotlib. Everything else works without it.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained" if columns == 1 else None)
     axes = figure.subplots(1, columns, squeeze=False)[0]
+    if columns > 1:  # a layout that is known beforehand takes half the time
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.19, top=0.96, wspace=0.15)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
@@ -102,7 +104,7 @@ def _histogram(ax: Any, seen: Observed, clip: tuple[float, float] | None) -> Non
         width = float(x[1] - x[0])
         step = max(1, -(-(high - low) // POINTS))
         parts = counts[low:high].split(step)
-        ax.bar([float(x[low]) - width / 2 + i * step * width for i in range(len(parts))], [float(p.sum()) for p in parts], width=step * width, align="edge", color=BLUE)
+        ax.stairs([float(p.sum()) for p in parts], [float(x[low]) + (i * step - 0.5) * width for i in range(len(parts) + 1)], fill=True, color=BLUE)
         ax.set_yscale("log")
     for edge in clip or ():
         ax.axvline(edge, color=RED, linewidth=1)

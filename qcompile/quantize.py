@@ -56,10 +56,16 @@ def quantize(
         if key not in allowed:
             raise OptionError(f"quantize takes no option {key!r}; it takes {', '.join(allowed)}")
     given = {"recipe": recipe, **options}
-    batches = _batches(model, Options.parse(given), data)
+    parsed = Options.parse(given)
+    for method in parsed.recipe.methods:
+        if method.options.get("dynamic") and method.options.get("weights") != "codes":
+            raise OptionError(
+                f"recipe {parsed.recipe.name}: {method} reads columns of the 16-bit weights on every call, which quantize replaces by codes. "
+                "Take LLM_INT8_STATIC, which keeps the columns that calibration finds, or outliers(dynamic=32, weights='codes')"
+            )
+    batches = _batches(model, parsed, data)
     fast = torch.compile(model, backend="qcompile", options=given, dynamic=False)
-    store = _Folder(resume) if resume is not None else None
-    with Session(fast, progress, memory, store) as sitting:
+    with Session(fast, progress, memory, _Folder(resume)) as sitting:
         for batch in track(batches, "recording", progress):
             call(fast, batch)
     _install(sitting.units)
@@ -103,6 +109,7 @@ def _install(units: Sequence[Unit]) -> None:
                 with torch.no_grad():
                     solution.q = round_to_nearest(solution.prepared(w), choice.weight, name=site.path)
             done.add(id(p))
+            record.solutions.clear()
             install(owner, attribute, found(choice, solution), solution, site.view == "t")
     if kept:
         more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
@@ -130,22 +137,26 @@ def _unfit(unit: Unit, site: Site, p: Tensor) -> str:
 
 
 class _Folder:
-    """Solutions as files, one for each linear: what makes a long run resumable."""
+    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is kept."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = pathlib.Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = pathlib.Path(path) if path is not None else None
+        if self.path is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def _file(self, site: Site) -> pathlib.Path:
+        assert self.path is not None
         return self.path / (re.sub(r"[^\w.@-]", "_", site.name) + ".safetensors")
 
-    def save(self, site: Site, choice: Choice, solution: Solution) -> None:
+    def save(self, site: Site, choice: Choice, solution: Solution, p: Tensor) -> None:
         """Write one solution; the file appears whole or not at all."""
         from safetensors.torch import save_file
 
+        if self.path is None:
+            return
         tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
         tensors |= {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
-        about = {"key": choice.key, "state": repr(solution.state), "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
+        about = {"key": choice.key, "weight": repr(fingerprint(p)), "solved": bool(solution.state), "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
         part = self._file(site).with_suffix(".part")
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, str(part), metadata={"qcompile": json.dumps(about)})
         part.replace(self._file(site))
@@ -154,19 +165,20 @@ class _Folder:
         """The solution that was kept for this weight and choice; None where there is none, or it was for other values."""
         from safetensors import safe_open
 
-        if not self._file(site).is_file():
+        if self.path is None or not self._file(site).is_file():
             return None
         with safe_open(str(self._file(site)), "pt") as file:
             about = json.loads(file.metadata()["qcompile"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        state = fingerprint(p)
-        if about["key"] != choice.key or about["state"] != repr(state):
+        if about["key"] != choice.key or about["weight"] != repr(fingerprint(p)):
             return None
         packed = [tensors[f"q{i}"] for i in range(sum(key[0] == "q" and key[1:].isdigit() for key in tensors))]
         q = QTensor.unflatten(packed, choice.weight, about["k"]) if packed else None
         ranges = tuple(tensors[f"range{i}"] for i in range(sum(key.startswith("range") for key in tensors)))
-        parts = [tensors.get(name) for name in ("smooth", "outliers", "bias")]
-        return Solution(*parts, range=ranges, q=q, tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]), state=state).to(p.device)
+        smooth, outliers, bias = (tensors.get(name) for name in ("smooth", "outliers", "bias"))
+        solution = Solution(smooth, outliers, bias, range=ranges, q=q, tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]))
+        solution.state = fingerprint(p) if about["solved"] else ()
+        return solution.to(p.device)
 
 
 __all__ = ["quantize"]

@@ -19,14 +19,14 @@ from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.core.stats import check_finite, merge_all, new, update_all
 from qcompile.memory import is_released
-from qcompile.passes import experts, producers
+from qcompile.passes import SOLVERS, experts, producers
 from qcompile.passes.sites import Site, view
 from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
 from qcompile.solve import Member, Observed, Product, complete, decibels, first_needs, inverse, needs_data, prepare, spread, then_needs
 from qcompile.weights import TABLE, fingerprint
 
-HELD = 2 << 30
+HELD = 1 << 30
 """Bytes of dequantized weights that are kept beside the model, those of the sites last used."""
 AFRESH = ("histogram", "moving")
 """Statistics that cannot be rescaled: taken again once the input is smoothed."""
@@ -188,15 +188,24 @@ class Run:
                 at = Observed({**at.stats, **second.stats}, at.tokens, at.experts)
             solutions = complete(members, shared, at)
         for member, solution in zip(members, solutions):
-            solution.state = fingerprint(unit.parameter(member.site))
             self._keep(unit, member, solution)
             rows = seen.stats["samples"]["rows"].float()
             if rows.numel() and member.weight.dim() == 2:
                 exact = rows @ member.weight.float().T
                 solution.decibels = decibels(exact, Product(solution, member.choice, member.weight, torch.float32)(rows))
-            if self.folder is not None:
-                self.folder.save(member.site, member.choice, solution)
+            self._settle(unit, member, solution)
             self._say(member, solution, (time.perf_counter() - start) / len(members), spread(rows, solution, member.choice) if rows.numel() else None)
+
+    def _settle(self, unit: Unit, member: Member, solution: Solution) -> None:
+        """Keep solved codes, with the value that they are of; codes that rounding to nearest gives again are not worth their memory."""
+        if any(m.name in SOLVERS for m in member.choice.methods):
+            solution.state = fingerprint(unit.parameter(member.site))
+        else:
+            solution.q = None
+        if self.folder is not None:
+            self.folder.save(member.site, member.choice, solution, unit.parameter(member.site))
+        if self.folder is not None and solution.q is not None:  # offline, codes wait in host memory until they take the weight's place
+            solution.q = solution.to(torch.device("cpu")).q
 
     def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
         line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, solution.notes, member.choice, spread)
@@ -250,7 +259,7 @@ class Run:
         key = (id(p), *solution_key(site, choice), dtype)
         made = self._products.get(key)
         if made is None:
-            made = self._products[key] = Product(solution.now(), choice, view(p.detach(), site.view), dtype)
+            made = self._products[key] = Product(solution.now().to(p.device), choice, view(p.detach(), site.view), dtype)
             while sum(m.nbytes for m in self._products.values()) > HELD and len(self._products) > 1:
                 self._products.popitem(last=False)
         self._products.move_to_end(key)

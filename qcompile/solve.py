@@ -25,7 +25,7 @@ from qcompile.passes.gptq import stackable
 from qcompile.passes.method import Linears
 from qcompile.passes.sites import Site
 
-SETTINGS = {"outliers": ("threshold", "columns", "dynamic"), "range": ("rule",), "bias": ()}
+SETTINGS = {"outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
 """Steps of a recipe that are neither a transform nor a solver, and their arguments."""
 
 
@@ -64,6 +64,8 @@ def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
         for key in method.options:
             if key not in known:
                 raise unknown("argument", key, known or ["none"], f"{method} in {where}")
+        if method.name == "outliers" and method.options.get("weights", "kept") not in ("kept", "codes"):
+            raise unknown("value", method.options["weights"], ("kept", "codes"), f"{method} in {where}")
         if method.name == "range" and method.options.get("rule") not in NEEDS:
             raise unknown("range rule", method.options.get("rule"), NEEDS, f"{method} in {where}")
 
@@ -202,18 +204,21 @@ class Product:
         self.dense = dequantize(q, torch.float32).to(dtype)
         split = solution.outliers is not None and solution.outliers.numel() > 0
         self.kept = solution.kept(weight).to(dtype) if split else None
-        self.nbytes = self.dense.nbytes + (self.kept.nbytes if self.kept is not None else 0)
+        how = outliers.dynamic(choice)
+        scaled = weight.float() if solution.smooth is None else weight.float() * solution.smooth
+        self.whole = None if how is None else self.dense if how.codes else scaled.to(dtype)
+        self.nbytes = sum(t.nbytes for t in (self.dense, self.kept, self.whole) if t is not None)
 
     def __call__(self, x: Tensor, expert: int | None = None) -> Tensor:
         """(..., K) -> (..., N)."""
         s, w = self.solution, self.dense if expert is None else self.dense[expert]
         x = s.divided(x)
         extra: Tensor | None = None
-        if (how := outliers.dynamic(self.choice)) is not None and x.numel() and self.dense.dim() == 2:
+        if (how := outliers.dynamic(self.choice)) is not None and self.whole is not None and x.numel() and self.dense.dim() == 2:
             peak = x.abs().reshape(-1, x.shape[-1]).amax(0)
             index = peak.topk(min(how.columns, x.shape[-1])).indices
             index = index[peak[index] >= how.threshold]
-            extra = x[..., index] @ w[:, index].T
+            extra = x[..., index] @ self.whole[:, index].T
             x = x.index_fill(-1, index, 0)
         elif self.kept is not None and s.outliers is not None:
             extra = x[..., s.outliers] @ self.kept.T

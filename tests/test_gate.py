@@ -105,7 +105,7 @@ def test_divergence_at_half_a_nat(kl, collapsed):
 
 def test_an_output_that_is_not_finite_names_the_linears_that_are_not():
     (whole, sites) = verdict(outcome([*HEALTHY, line("bad", math.nan)], finite=False))
-    assert "NaN or infinite" in whole.measured and whole.sites == sites.sites == ("bad",) and "ignore=['bad']" in whole.remedy
+    assert "NaN or infinite" in whole.measured and whole.sites == sites.sites == ("bad",) and "ignore=['bad']" in sites.remedy and "sensitivity" in whole.remedy
 
 
 @pytest.mark.parametrize(("db", "low"), [(19.9, True), (20.1, False), (25.0, False)])
@@ -219,7 +219,7 @@ def test_the_remedies_work(passes):
 
 def test_a_collapse():
     fast = torch.compile(model(0, 1, 2, 3, bare=True), backend="qcompile", options=TENSOR)
-    with pytest.warns(QcompileWarning, match="the model's output has collapsed: SQNR"):
+    with pytest.warns(QcompileWarning, match="the model's output has collapsed: its SQNR is"):
         calibrate(fast, DATA)
     with said() as texts, torch.no_grad():
         fast(DATA[0])

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from calibrated import GPTQ, Broken, Mlp, check_hessians, codes, compiled, expected, rows, same_codes, solutions, spied
+from calibrated import GPTQ, Broken, Mlp, check_hessians, compiled, expected, rows, same_codes, solutions, spied
 from small import Stack, close, graphs, said
 from tiny_models import tiny
 from torch import nn
@@ -67,7 +67,7 @@ def test_mlp(monkeypatch):
     assert float((h - naive[0][1]).norm()) > 1e-3 * float(h.norm())  # the unquantized input would not have passed
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "t5"])
 def test_language_models(monkeypatch, name):
     model, inputs = tiny(name)
     calls = [lambda m: m(**inputs), lambda m: m(**{k: v.flip(0) for k, v in inputs.items()}), lambda m: m(**{k: v.roll(3, 1) for k, v in inputs.items()})]
@@ -192,7 +192,7 @@ def test_layers_compiled_one_by_one(monkeypatch):
     plain = Stack(3)
     plain.load_state_dict(model.state_dict())
     reference = expected(plain, [once(x)], solutions(model))
-    for (names, h), (_, stats) in zip(reference, seen, strict=True):  # between layers Python adds: the recorded sum is read, layers are sequential within
+    for (_, h), (_, stats) in zip(reference, seen, strict=True):  # between layers Python adds: the recorded sum is read, layers are sequential within
         assert stats["hessian"]["count"] == 60 and stats["hessian"]["sum"].shape == h.shape
     with torch.no_grad(), graphs() as ran:
         y = model(x)
@@ -221,7 +221,7 @@ class Stateful(nn.Module):
         h = nn.functional.leaky_relu(h, 0.5, inplace=True)
         self.cache[1:3] += h[:2]
         self.count.add_(1)
-        first, second = h.chunk(2, -1)
+        second = h.chunk(2, -1)[1]
         second.mul_(3)
         return self.b(h + self.cache.sum(0) / self.count)
 
@@ -394,15 +394,10 @@ def test_an_error_in_a_run_leaves_the_units_usable(monkeypatch):
 @pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
 def test_experts_one_by_one(monkeypatch, form):
     """Each expert is solved on its own rows."""
-    model, inputs = tiny("mixtral", experts_implementation=form)
+    model, _ = tiny("mixtral", experts_implementation=form)
     ids = torch.randint(3, 128, (8, 20), generator=torch.Generator().manual_seed(3))
-    taken = []
-    hook = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args, kwargs: taken.append((args, kwargs)), with_kwargs=True)
-    first = {}
     with spied(monkeypatch) as seen, said(), calibrate(fast := compiled(model), progress=False) as sitting:
         fast(input_ids=ids)
-    hook.remove()
-    del first, taken
     weights = model.model.layers[0].mlp.experts.gate_up_proj
     mine = {e: stats for w, stats in seen for e in range(4) if torch.equal(w, weights[e])}
     assert mine
@@ -445,20 +440,6 @@ def test_an_expert_that_saw_nothing(form):
     assert torch.isfinite(out).all() and close(out, model(input_ids=inputs["input_ids"]).logits, 0.5)
 
 
-def test_forms_of_experts_agree():
-    """The three forms see the same rows."""
-    found = []
-    for form in ("grouped_mm", "batched_mm"):
-        torch._dynamo.reset()
-        model, inputs = tiny("mixtral", experts_implementation=form)
-        fast = compiled(model)
-        with said(), calibrate(fast, progress=False):
-            fast(**inputs)
-        found.append(codes(model))
-    for name in found[0]:
-        assert (found[0][name] != found[1][name]).float().mean() < 0.01, name  # sums in another order may tip a rounding
-
-
 # --- the compiled graph computes what the replay did -----------------------------------------------------------------------
 
 
@@ -475,20 +456,18 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("options", RECIPES, ids=lambda o: "+".join([o.get("recipe", "w"), *o["passes"]]))
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_compiled_equals_replayed(name, options):
-    model, inputs = tiny(name)
+def test_compiled_equals_replayed(options):
+    model, inputs = tiny("llama")
     agrees(model, inputs, {**options, "lower": "eager"})
 
 
-@pytest.mark.parametrize("name", ["bert", "mixtral", "t5", "vit"])
-@pytest.mark.parametrize("options", [RECIPES[1], RECIPES[5]], ids=["awq+gptq", "all"])
-def test_compiled_equals_replayed_elsewhere(name, options):
+@pytest.mark.parametrize("name", ["opt", "gpt2", "bert", "mixtral", "t5", "vit"])
+def test_compiled_equals_replayed_elsewhere(name):
     model, inputs = tiny(name)
-    agrees(model, inputs, {**options, "lower": "eager"})
+    agrees(model, inputs, {**RECIPES[5], "lower": "eager"})
 
 
-@pytest.mark.parametrize("options", [RECIPES[3], RECIPES[5], RECIPES[7]], ids=["static", "all", "dynamic"])
+@pytest.mark.parametrize("options", [RECIPES[3], RECIPES[5]], ids=["static", "all"])
 def test_inductor_equals_replayed(options):
     model, inputs = tiny("llama")
     agrees(model, inputs, options)
@@ -499,7 +478,7 @@ def agrees(model, inputs, options):
     kept = []
     with pytest.MonkeyPatch.context() as patch, said():
         real = sequence.finish
-        patch.setattr(sequence, "finish", lambda unit, product, see: real(unit, product, lambda call, out: (kept.append([t.clone() for t in sequence._tensors(out)]), see(call, out))))
+        patch.setattr(sequence, "finish", lambda unit, product, see: real(unit, product, lambda call, out: (kept.append([t.clone() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]), see(call, out))))
         fast = torch.compile(model, backend="qcompile", options=options)
         with calibrate(fast, progress=False) as sitting:
             exact = fast(**inputs)

@@ -55,7 +55,7 @@ def test_statistics_are_those_of_the_unquantized_model(taken):
 
 @pytest.mark.parametrize("budget", [1, 6000, 1 << 30])
 def test_collected_in_as_many_passes_as_memory_asks_for(taken, budget):
-    model, found = taken
+    _, found = taken
     want = found.statistics()
     got = collect(found._units, (*ALWAYS, "hessian"), budget)
     for name in want:
@@ -201,7 +201,7 @@ def test_a_statistic_that_is_not_there(tmp_path):
 
 def test_what_cannot_be_known_after_smoothing(taken, tmp_path):
     model, found = taken
-    found.save(tmp_path / "c.safetensors")
+    found.save(tmp_path / "c.safetensors", "samples")
     with raises(r"histogram of a is not known once its input is smoothed or split"):
         through(copied(model), str(tmp_path / "c.safetensors"), weight="int8.row", input="int8.tensor.static", passes=["smooth", "range(rule='kl')"])
 

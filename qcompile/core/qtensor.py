@@ -17,11 +17,16 @@ from .errors import WeightError, unknown
 from .formats import decode, encode
 from .layouts import LAYOUTS
 from .ranges import RANGES, TINY
-from .scheme import Scheme
+from .scheme import FULL, Scheme
 
-SCALE_DTYPE = torch.bfloat16
-"""Stored scales: the range of float32 in 16 bits; rounded to nearest, and codes are taken against the rounded scale. (Rounding up keeps a maximum from being clipped, by at most 2**-9
-of it, and costs twice the error: 3.7 % more of it for NF4 on a sentence encoder.)"""
+GROUP_SCALE = torch.bfloat16
+"""Stored scales of groups of columns: the range of float32 in 16 bits. Rounded to nearest, and codes are taken against the rounded scale. (Rounding up keeps a maximum from being clipped,
+by at most 2**-9 of it, and costs twice the error: 3.7 % more of it for NF4 on a sentence encoder.)"""
+
+
+def stored_dtype(scheme: Scheme) -> torch.dtype:
+    """Dtype of stored scales: float32 where one serves a whole row or more, and costs nothing; else GROUP_SCALE."""
+    return torch.float32 if scheme.group[1] == FULL else GROUP_SCALE
 
 
 @dataclass
@@ -85,7 +90,7 @@ def untile(t: Tensor, n: int, k: int) -> Tensor:
     return t.flatten(-2).flatten(-3, -2)[..., :n, :k].contiguous()
 
 
-def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:
+def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype | None = None) -> QTensor:
     """Round to nearest. ``x``: (..., N, K), any float dtype, at least 2-D. Raises WeightError, naming ``name``, where ``x`` is not finite or the format has no sign for it."""
     _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
     t = tile(x.detach().float(), scheme.extent(*x.shape[-2:]))
@@ -106,7 +111,7 @@ def _check(x: Tensor, scheme: Scheme, what: str) -> None:
         raise WeightError(f"{what} has negative values, which {scheme} cannot hold; give the scheme a zero ('point' or 'min') or a signed format")
 
 
-def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> QTensor:
+def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype | None = None) -> QTensor:
     """Codes of the tiled values ``t`` under a given scale and zero (both (..., N/r, 1, K/c, 1)); stores the scale first, so that codes match what is stored."""
     n, k = shape[-2:]
     stored = _store(scale, scheme, name, scale_dtype)
@@ -124,10 +129,11 @@ def assign(t: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape:
     return QTensor(pack(codes, scheme), stored, held, scheme, k)
 
 
-def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype) -> Tensor | QTensor:
+def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype | None) -> Tensor | QTensor:
     flat = scale[..., :, 0, :, 0]  # (..., N/r, K/c)
     if scheme.scale is not None:
         return quantize(flat, scheme.scale, name=f"scales of {name}", scale_dtype=dtype)
+    dtype = dtype or stored_dtype(scheme)
     most = torch.finfo(dtype).max
     return flat.clamp(-most, most).to(dtype).contiguous()
 
@@ -217,7 +223,7 @@ def find_range(x: Tensor, scheme: Scheme, rule: str = "absmax") -> tuple[Tensor,
     return scale[..., :, 0, :, 0], None if zero is None else zero[..., :, 0, :, 0]
 
 
-def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
+def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype | None = None) -> Grid:
     """The grid that stores ``scale`` and ``zero``, float32 (..., N/r, K/c), for a tensor of ``shape``."""
     stored = _store(scale[..., :, None, :, None], scheme, name, scale_dtype)
     held: Tensor | QTensor | None = None
@@ -226,7 +232,7 @@ def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[
     return Grid(stored, held, scheme, tuple(shape))
 
 
-def grid(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
+def grid(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype | None = None) -> Grid:
     """The grid on which ``quantize(x, scheme, rule=rule)`` rounds; raises the same errors."""
     _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
     return grid_of(*find_range(x, scheme, rule), scheme, x.shape, name, scale_dtype)

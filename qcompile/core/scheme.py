@@ -104,9 +104,9 @@ class Scheme:
         return min(r or n, n) or 1, min(c or k, k) or 1
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """Bits that one element costs on a tensor of ``shape``: padding, scales (16 bits unless quantized) and zero points (8) included, so that it is what memory holds."""
+        """Bits that one element costs on a tensor of ``shape``: padding, scales (16 bits for groups, 32 for whole rows, unless quantized) and zero points (8) included, so that it is what memory holds."""
         grid = self.grid_shape(shape)
-        meta = self.scale.bits_per_weight(grid) if self.scale else 16.0
+        meta = self.scale.bits_per_weight(grid) if self.scale else 32.0 if self.group[1] == FULL else 16.0
         zero = {"none": 0.0, "point": 8.0, "min": meta}[self.zero]
         stored = 8 * LAYOUTS[self.packing].row_bytes(shape[-1], self.fmt.bits) / max(shape[-1], 1)
         return stored + (meta + zero) * math.prod(grid) / max(math.prod(shape), 1)

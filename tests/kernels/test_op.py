@@ -80,6 +80,15 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
         lambda: _scaled("int8.tensor", "nf4.g32/int8.row", 1, 96),
         lambda: _scaled("int8.row", "int8.row", 0, 96),
     ],
+    "columns": [
+        lambda: (weight("int8.row", 24, 96), torch.tensor([3, 95, 0]), "int8.row", 96),
+        lambda: (weight("int4.g32", 24, 100), torch.tensor([99]), "int4.g32", 100),
+        lambda: (weight("nf4.g32/int8.row", 24, 96), torch.tensor([], dtype=torch.int64), "nf4.g32/int8.row", 96),
+    ],
+    "stored": [
+        lambda: (weight("int4.g32", 24, 96), [], [], "int4.g32", 96, torch.bfloat16),
+        lambda: (weight("int8.row", 24, 96), [torch.rand(96) + 0.5], [torch.tensor([3, 95]), torch.randn(24, 2)], "int8.row", 96, torch.float32),
+    ],
     "grouped_linear": [
         lambda: _grouped("int4.g32", False),
         lambda: _grouped("int4.g32", True),
