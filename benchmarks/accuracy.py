@@ -92,7 +92,7 @@ def cached(folder: Path | None, key: tuple[object, ...], make: Callable[[], Resu
     return result
 
 
-def measure(subject: Subject, rows: Sequence[Row], textbook_only: bool, cache: Path | None, console: Console) -> Result:
+def measure(subject: Subject, rows: Sequence[Row], columns: Sequence[str], cache: Path | None, console: Console) -> Result:
     """All rows on one model. A row that fails raises: nothing is left out in silence."""
     model = subject.build()
     reference = subject.read(model)
@@ -100,8 +100,10 @@ def measure(subject: Subject, rows: Sequence[Row], textbook_only: bool, cache: P
     out: Result = {"title": subject.title, "metric": subject.metric, "data": data, "fp32": subject.metrics(reference, reference, subject.evaluation), "rows": {}}
     for row in track(rows, subject.name, console=console, transient=True):
         key = (subject.name, data, row.method, row.spare)
-        result = {"textbook": cached(cache, key, lambda row=row: run_textbook(model, row, subject, reference))}  # type: ignore[misc]
-        if not textbook_only:
+        result = {}
+        if "textbook" in columns:
+            result["textbook"] = cached(cache, key, lambda row=row: run_textbook(model, row, subject, reference))  # type: ignore[misc]
+        if "ours" in columns:
             result["ours"] = measure_ours(row, subject, reference)
         out["rows"][row.name] = {"options": dict(row.options), **result}
     return out
@@ -129,14 +131,14 @@ def judge(models: Mapping[str, Result], which: str) -> list[Result]:
     if which == "ours":
         for model, bound in TEXTBOOK_RATIO.items():
             for name, row in models.get(model, {}).get("rows", {}).items():
-                if "ours" in row:
+                if "ours" in row and "textbook" in row:
                     value = ratio(row, models[model]["metric"])
                     found.append({"goal": f"{model}: {name} at most {bound:g} x the textbook's", "value": value, "bound": bound, "met": value <= bound})
     return found
 
 
 def ratio(row: Result, metric: str) -> float:
-    return row["ours"][metric] / row["textbook"][metric] if "ours" in row else math.nan
+    return row["ours"][metric] / row["textbook"][metric] if "ours" in row and "textbook" in row else math.nan
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -148,9 +150,10 @@ def show(model: Result, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in model["rows"].items():
-        t, o = row["textbook"], row.get("ours")
+        t, o = row.get("textbook"), row.get("ours")
+        theirs = [f"{t[metric]:.3e}", f"{t[extra]:.4f}", f"{t['int8']:.1%}", f"{t['seconds']:.0f}"] if t else ["", "", "", ""]
         ours = [f"{o[metric]:.3e}", f"{o[extra]:.4f}", f"{o['seconds']:.0f}", f"{ratio(row, metric):.3f}"] if o else []
-        table.add_row(name, f"{t[metric]:.3e}", f"{t[extra]:.4f}", f"{t['int8']:.1%}", f"{t['seconds']:.0f}", *ours)
+        table.add_row(name, *theirs, *ours)
     console.print(table)
 
 
@@ -207,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_argument("--model", nargs="*", default=list(SUBJECTS), choices=list(SUBJECTS))
     cli.add_argument("--rows", nargs="*", help="names of rows (default: all)", choices=[row.name for row in ROWS], metavar="ROW")
     cli.add_argument("--textbook-only", action="store_true", help="without qcompile's column")
+    cli.add_argument("--ours-only", action="store_true", help="without the textbook's column, which takes longer")
     cli.add_argument("--out", type=Path, default=RESULTS)
     cli.add_argument("--cache", type=Path, help="a folder that keeps the textbook's results for the next run")
     given = cli.parse_args(arguments)
@@ -218,9 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
     models: dict[str, Result] = dict(before.get("models", {}))
     which = "textbook" if given.textbook_only else "ours"
+    columns = [which] if given.textbook_only or given.ours_only else ["textbook", "ours"]
     for name in given.model:
         rows = [row for row in ROWS if name in row.models and (not given.rows or row.name in given.rows)]
-        models[name] = merge(models.get(name, {}), measure(SUBJECTS[name](), rows, given.textbook_only, given.cache, console))
+        models[name] = merge(models.get(name, {}), measure(SUBJECTS[name](), rows, columns, given.cache, console))
         show(models[name], console)
         plot(models[name], given.out.with_name(f"{given.out.stem}-{name}.png"))
         report = {"versions": versions(), "threads": torch.get_num_threads(), "models": models, "goals": judge(models, which)}

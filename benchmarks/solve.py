@@ -7,6 +7,7 @@ kind of site, peak memory beyond the model. What the numbers do not say: weights
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import time
@@ -73,7 +74,7 @@ def measure(recipe: str, layers: int, count: int, length: int) -> dict[str, Any]
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outcome = qcompile.quantize(model, recipe, data, progress=True, memory="6GiB")
+        outcome = qcompile.quantize(model, recipe, data, progress=True, memory="3GiB")
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     by_kind: dict[str, float] = defaultdict(float)
@@ -85,6 +86,7 @@ def measure(recipe: str, layers: int, count: int, length: int) -> dict[str, Any]
         "output_decibels": outcome.quality.decibels,
     }  # fmt: skip
     del model, outcome
+    gc.collect()
     torch._dynamo.reset()
     torch.cuda.empty_cache()
     return row

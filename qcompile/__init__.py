@@ -10,6 +10,7 @@ from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights
 from qcompile.quantize import quantize
 from qcompile.report import Report
+from qcompile.sensitivity import Sensitivity, sensitivity
 from qcompile.statistics import Calibration
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "Rule",
     "Scheme",
+    "Sensitivity",
     "StrictError",
     "WeightError",
     "calibrate",
@@ -34,4 +36,5 @@ __all__ = [
     "quantize",
     "refresh",
     "release_weights",
+    "sensitivity",
 ]

@@ -49,7 +49,7 @@ class Session:
 
     def __init__(self, fast: Any, progress: bool = True, memory: str | int | None = None, folder: Any = None) -> None:
         self.fast, self.progress, self.folder = fast, progress, folder
-        self.budget = budget(memory)
+        self.budget, self._bounded = budget(memory), memory is not None
         self.units: list[Unit] = []
         self.outcome = Outcome()
         self.strict = False
@@ -94,6 +94,12 @@ class Session:
         self._stack.close()
         _forget_code(self.fast)
         self._made.clear()
+
+    def heed(self, options: Any) -> None:
+        """Options that a graph was compiled with: strictness, and the memory where the session was given none."""
+        self.strict |= options.strict
+        if options.calibration_memory is not None and not self._bounded:
+            self.budget = options.calibration_memory
 
     def record(self, unit: Unit, args: Sequence[Any]) -> Call | None:
         """Keep a call, unless the memory for calls is full."""
@@ -140,7 +146,7 @@ class Recorder:
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Any, session: Session) -> None:
         self._gm, self._options, self._session = gm, options, session
-        session.strict |= options.strict
+        session.heed(options)
         self._captured = capture(gm, inputs, options.root)
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._units: dict[tuple[int, ...], Unit] = {}

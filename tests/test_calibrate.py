@@ -13,13 +13,13 @@ import weakref
 import pytest
 import torch
 from calibrated import GPTQ, Broken, Mlp, codes, compiled, linears, rows, same_codes, solutions
-from small import ROOT, Stack, close, graphs, rounded, said
+from small import ROOT, Net, Stack, close, graphs, rounded, said
 from tiny_models import tiny
 from torch import nn
 
 from qcompile.backend import CompiledGraph
 from qcompile.calibrate import KEPT, calibrate, session
-from qcompile.core.errors import CalibrationError, OptionError
+from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import dequantize
 from qcompile.options import Options, memory_of
 from qcompile.statistics import Calibration
@@ -552,3 +552,14 @@ def test_a_tiny_model_in_bfloat16():
     with torch.no_grad():
         assert close(fast(**inputs).logits, model(**inputs).logits, 0.3)
     assert sitting.outcome.quality.finite and sitting.outcome.quality.decibels > 10
+
+
+def test_the_option_bounds_the_memory():
+    """``calibration_memory`` where the context was given none; a limit of its own wins."""
+    model = Net()
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8_STATIC", "lower": "eager", "calibration_memory": "1kB"})
+    with pytest.raises(CalibrationError, match="1000 bytes of memory hold no call"):
+        calibrate(fast, [torch.randn(64, 32)], progress=False)
+    with pytest.warns(QcompileWarning, match="2 calls were not recorded"):
+        assert calibrate(fast, [torch.randn(6, 32) for _ in range(3)], progress=False).outcome.tokens == 6
+    assert calibrate(fast, [torch.randn(64, 32)], progress=False, memory="1MB").outcome.tokens >= 64

@@ -24,6 +24,8 @@ REQUIRED = {
 }  # fmt: skip
 FACTOR = 3.0
 """Activations are rounded beside the weights, with about the same number of bits: their error may add up to twice that of the weights."""
+ROUTED = 2.0
+"""Times more where routers choose experts: a token between two of them may go to the other one, which no rounding error bounds."""
 
 
 def test_the_list_is_whole():
@@ -83,7 +85,8 @@ def check(model, inputs, recipe, options):
     if recipe == "W4A16" and truth.dtype == torch.float32:  # nothing but the weights is rounded: the same model
         assert distance(y, rounded) < 1e-4 + 0.02 * cost
     else:
-        assert distance(y, truth) < FACTOR * cost + {torch.float32: 1e-4, torch.bfloat16: 5e-2}[truth.dtype]
+        factor = FACTOR * (ROUTED if any(s.role == "router" for s in graph.sites.values()) else 1)
+        assert distance(y, truth) < factor * cost + {torch.float32: 1e-4, torch.bfloat16: 5e-2}[truth.dtype]
 
 
 def main_output(out):
