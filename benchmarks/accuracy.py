@@ -187,6 +187,21 @@ def plot(model: Result, path: Path) -> None:
     plt.close(figure)
 
 
+def markdown(models: Mapping[str, Result]) -> str:
+    """The README's table: a line for each method, cosine (textbook beside it) on the encoder, KL divergence on the language models."""
+    head = ["method", "options", "encoder: cosine", "textbook", "language model: KL", "with outlier channels: KL"]
+    lines = [head, ["---"] * len(head)]
+    for row in ROWS:
+        found = {name: models.get(name, {}).get("rows", {}).get(row.name, {}) for name in SUBJECTS}
+        if not any("ours" in r for r in found.values()):
+            continue
+        cells = [f"{r[which]['cosine']:.4f}" if which in (r := found["encoder"]) else "" for which in ("ours", "textbook")]
+        cells += [f"{found[name]['ours']['kl']:.2g}" if "ours" in found[name] else "" for name in ("lm", "lm-outliers")]
+        asked = ", ".join([row.ours.get("recipe", ""), row.ours.get("weight", ""), *(["input " + row.ours["input"]] if row.ours.get("input", "16bit") != "16bit" else []), *row.ours.get("passes", ())])
+        lines.append([row.name, f"`{asked.strip(', ')}`", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def versions() -> dict[str, str]:
     import platform
 
@@ -213,7 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_argument("--ours-only", action="store_true", help="without the textbook's column, which takes longer")
     cli.add_argument("--out", type=Path, default=RESULTS)
     cli.add_argument("--cache", type=Path, help="a folder that keeps the textbook's results for the next run")
+    cli.add_argument("--markdown", action="store_true", help="print the table of the results that are there, and run nothing")
     given = cli.parse_args(arguments)
+    if given.markdown:
+        print(markdown(json.loads(given.out.read_text())["models"]))
+        return 0
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

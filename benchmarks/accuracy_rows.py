@@ -35,6 +35,9 @@ G4, G4P, G3, G3P = Grid(4, 128), Grid(4, 128, point=True), Grid(3, 128), Grid(3,
 E4M3, E3M4 = Grid(8, "row", kind="float", exp=4), Grid(8, "row", kind="float", exp=3)
 SPLIT_COLUMNS = 32
 SPLIT = f"outliers(dynamic={SPLIT_COLUMNS}, threshold=6.0)"
+"""Found in every call; the codes of the weight are those of the whole weight."""
+CHOSEN = "outliers(threshold=6.0)"
+"""Chosen by calibration, so that the weight's ranges are those of the columns that are left."""
 
 
 def _w8a8(weight: str, x: str, *passes: str) -> dict[str, Any]:
@@ -52,12 +55,12 @@ ROWS: tuple[Row, ...] = (
     Row("w8a8-rowwise", Method(T8, R8), _w8a8("int8.tensor", "int8.row")),
     Row("w8a8-tensor-point", Method(T8P, T8P), _w8a8("uint8.tensor.point", "uint8.tensor.point")),
     Row("w8a8-vector-point", Method(R8P, R8P), _w8a8("uint8.row.point", "uint8.row.point")),
-    Row("w8a8-tensor-split", Method(T8, T8, threshold=6.0), _w8a8("int8.tensor", "int8.tensor", SPLIT)),
-    Row("w8a8-rowwise-split", Method(T8, R8, threshold=6.0), _w8a8("int8.tensor", "int8.row", SPLIT)),
-    Row("w8a8-vector-point-split", Method(R8P, R8P, threshold=6.0), _w8a8("uint8.row.point", "uint8.row.point", SPLIT)),
-    Row("llm-int8", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", SPLIT)),
-    Row("llm-int8-static", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", "outliers(threshold=6.0)")),
-    Row("llm-int8-norm-fed", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", SPLIT), FED_BY_NORM, LMS),
+    Row("w8a8-tensor-split", Method(T8, T8, threshold=6.0), _w8a8("int8.tensor", "int8.tensor", CHOSEN)),
+    Row("w8a8-rowwise-split", Method(T8, R8, threshold=6.0), _w8a8("int8.tensor", "int8.row", CHOSEN)),
+    Row("w8a8-vector-point-split", Method(R8P, R8P, threshold=6.0), _w8a8("uint8.row.point", "uint8.row.point", CHOSEN)),
+    Row("llm-int8", Method(R8, R8, threshold=6.0, whole=True), _w8a8("int8.row", "int8.row", SPLIT)),
+    Row("llm-int8-static", Method(R8, R8, threshold=6.0), _w8a8("int8.row", "int8.row", CHOSEN)),
+    Row("llm-int8-norm-fed", Method(R8, R8, threshold=6.0, whole=True), _w8a8("int8.row", "int8.row", SPLIT), FED_BY_NORM, LMS),
     Row("w8a8-static", Method(R8, T8, static=True), _w8a8("int8.row", "int8.tensor.static")),
     Row("smoothquant", Method(R8, R8, transform="smooth"), _w8a8("int8.row", "int8.row", "smooth(alpha=0.5)")),
     Row("smoothquant-static", Method(R8, T8, transform="smooth", static=True), _w8a8("int8.row", "int8.tensor.static", "smooth(alpha=0.5)")),

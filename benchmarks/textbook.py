@@ -21,9 +21,6 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 NF4 += (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-# --- grids -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Grid:
     """A number format and who shares a scale. ``kind``: int, float (``exp`` exponent bits) or nf4; ``group``: "tensor", "row" or columns; ``point``: with an integer zero point."""
@@ -80,7 +77,8 @@ class Grid:
 @dataclass(frozen=True)
 class Method:
     """``solver``: "rtn" or "gptq". ``transform``: "", "smooth" or "awq"; ``alpha`` is SmoothQuant's; ``clip``: AWQ's search for a smaller range.
-    ``static``: one range for each input, from the calibration; ``threshold``: columns of an input that reach it are kept out of the quantization (LLM.int8()), in every call anew."""
+    ``static``: one range for each input, from the calibration; ``threshold``: columns of an input that reach it are kept out of the quantization (LLM.int8()), in every call anew, ``whole``:
+    by a weight that was rounded once with them, as bitsandbytes does."""
 
     weight: Grid = field(default_factory=Grid)
     input: Grid | None = None
@@ -90,11 +88,11 @@ class Method:
     clip: bool = False
     static: bool = False
     threshold: float | None = None
+    whole: bool = False
     order: bool = True
 
     @property
     def calibrates(self) -> bool:
-        """Whether it needs data."""
         return self.solver != "rtn" or bool(self.transform) or self.clip or self.static
 
 
@@ -125,8 +123,8 @@ class Quantized(nn.Module):
         self.integer += 0 if self.method.input is None else (columns - kept) * work
         if out is None or not kept:
             return F.linear(self._input(x), self.weight, self.bias)
-        inside = self.method.weight.round(torch.where(out, 0.0, self.exact))  # ranges of what is left, as in the paper
-        return F.linear(self._input(torch.where(out, 0.0, x)), inside, self.bias) + F.linear(torch.where(out, x, 0.0), self.exact)
+        inside = self.weight if self.method.whole else self.method.weight.round(torch.where(out, 0.0, self.exact))  # ranges of what is left, as in the paper
+        return F.linear(self._input(torch.where(out, 0.0, x)), torch.where(out, 0.0, inside), self.bias) + F.linear(torch.where(out, x, 0.0), self.exact)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

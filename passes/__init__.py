@@ -1,5 +1,11 @@
-"""Floor 2: one file is one pass. Passes over the graph are functions GraphModule -> GraphModule; transforms and solvers are mathematics on the weights and statistics of one input.
+"""Floor 2: one file is one pass, or one method of quantizing well.
 
+ * Passes over the graph, ``PASSES``: functions GraphModule -> GraphModule.
+ * Transforms and solvers, ``TRANSFORMS`` and ``SOLVERS``: mathematics on the weights that share an input and on the statistics of that input (``method``). They know no graph, and are steps of a
+   recipe by their names, with arguments: ``"smooth(alpha=0.5)"``.
+ * ``outliers`` and ``bias`` are steps, too, whose wiring is in ``lower``.
+
+A new one is its file, its name in the line of imports and in the table here, and its test; ``options["passes"]``, the checks of arguments and ``python -m qcompile methods`` read these tables.
 The folder fills itself only under its full name (see ``kernels/__init__.py`` for why).
 """
 

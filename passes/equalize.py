@@ -7,7 +7,8 @@ Nagel et al. 2019 (arXiv 1906.04721), section 4.1, equation 11, and high-bias ab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,10 @@ ROUNDS = 100
 """Sweeps over a chain at most."""
 CLOSE = 1e-6
 """A sweep that changes no factor by more has converged."""
+REACH = 10
+"""Factors of a model's own weights lie within 2**-10 and 2**10, so that no bias and no activation leaves the range of 16 bits on their account."""
+BLOCK = 1 << 24
+"""Values that are read at a time."""
 
 
 def equalize(linears: Linears, *, rows: Tensor | None = None, index: Sequence[int] | None = None) -> Tensor:
@@ -72,6 +77,67 @@ def chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[l
         if moved < CLOSE:
             break
     return w, b, total
+
+
+@dataclass(frozen=True)
+class Link:
+    """A producer and the kin that follow it, by their names; ``index[c]``: the producer's row that channel c comes from."""
+
+    producer: str
+    followers: tuple[str, ...]
+    index: tuple[int, ...]
+
+
+def balance(links: Sequence[Link], weights: Mapping[str, Tensor]) -> dict[Link, Tensor]:
+    """s (K,) of every link, such that rows / s and columns * s have like ranges; weights are (N, K) or (E, N, K) and are not changed.
+
+    Sweeps over all links until nothing moves, as ``chain`` does, with s rounded to powers of two in the end: scaling by these is exact in every floating dtype, so that the function
+    stays as it is to the last bit, for at most sqrt(2) of range.
+    """
+    rows = {link.producer: weights[link.producer].new_ones(weights[link.producer].shape[-2], dtype=torch.float32) for link in links}
+    columns = {name: weights[name].new_ones(weights[name].shape[-1], dtype=torch.float32) for link in links for name in link.followers}
+    for _ in range(ROUNDS):
+        moved = 0.0
+        for link in links:
+            r1 = _maxima(weights[link.producer], rows.get(link.producer), columns.get(link.producer))[0]
+            r2 = torch.stack([_maxima(weights[name], rows.get(name), columns[name])[1] for name in link.followers]).amax(0)
+            s = factor(r1, r2, link.index)
+            by_row = torch.ones_like(r1)
+            by_row[torch.tensor(link.index, device=s.device)] = s  # channels that share a row share their factor
+            rows[link.producer] /= by_row
+            for name in link.followers:
+                columns[name] *= s
+            moved = max(moved, float(s.log().abs().max()))
+        if moved < CLOSE:
+            break
+    return {link: columns[link.followers[0]].log2().round().clamp(-REACH, REACH).exp2() for link in links}
+
+
+def _maxima(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(max|row| (N,), max|column| (K,)) of ``rows w columns``, float32, over all experts; a block of rows at a time."""
+    flat = weight.reshape(-1, weight.shape[-1]) if weight.dim() == 3 else weight
+    factors = None if rows is None else rows.repeat(flat.shape[0] // len(rows))
+    by_row, by_column = [], []
+    step = max(1, BLOCK // flat.shape[1])
+    for start in range(0, flat.shape[0], step):
+        part = flat[start : start + step].float().abs()
+        part = part if columns is None else part * columns
+        part = part if factors is None else part * factors[start : start + step, None]
+        by_row.append(part.amax(1))
+        by_column.append(part.amax(0))
+    return torch.cat(by_row).reshape(-1, weight.shape[-2]).amax(0), torch.stack(by_column).amax(0)
+
+
+def scale(link: Link, s: Tensor, weights: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    """In place: the producer's rows and ``bias`` (N,) are divided by s (K,), the followers' columns multiplied. ``1 / s`` undoes it, exactly for powers of two."""
+    producer = weights[link.producer]
+    by_row = s.new_ones(producer.shape[-2])
+    by_row[torch.tensor(link.index, device=s.device)] = s
+    producer.div_(by_row.to(producer.dtype)[:, None])
+    if bias is not None:
+        bias.div_(by_row.to(bias.dtype))
+    for name in link.followers:
+        weights[name].mul_(s.to(weights[name].dtype))
 
 
 def high_bias(beta: Tensor, gamma: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import fx
 from qcompile.core.recipe import Choice
 
 from .infra import graph_pass
-from .producers import apply, place
+from .observe import input_of
+from .producers import Place, apply, place
 from .slots import leader, slot_inputs, slot_of
 
 
@@ -27,6 +28,9 @@ def transform(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     kinds: dict[str, int] = {}
     for first, names in groups.items():
         spot = place(gm, names)
+        repeated = spot.index is not None and len(set(spot.index)) < len(spot.index)
+        if repeated and not gm.meta["plan"][first].heads:  # found where this place was not to be had: in calls with a cache, say
+            spot = Place("multiply", f"kept as a multiply: in the rows of {spot.site} repeated heads would have to share its factors, which differ", (_input(gm, names[0]),))
         vector = slot_inputs(gm, context, slot_of("smooth", gm.meta["sites"][first], gm.meta["plan"][first]))[0]
         apply(gm, spot, names, vector)
         places |= dict.fromkeys(names, f"{spot.kind}: {spot.why}")
@@ -34,3 +38,7 @@ def transform(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     gm.meta["places"] = places
     gm.meta["note"] = ", ".join(f"{count} inputs by {kind}" for kind, count in kinds.items()) or "nothing to place"
     return gm
+
+
+def _input(gm: fx.GraphModule, site: str) -> fx.Node:
+    return input_of(next(n for n in gm.graph.nodes if n.meta.get("site") == site))

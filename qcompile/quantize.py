@@ -7,13 +7,16 @@ import os
 import pathlib
 import re
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.calibrate import Session, call
+from qcompile.balance import Balanced
+from qcompile.calibrate import KEPT, Session, call
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import QTensor
 from qcompile.core.qtensor import quantize as round_to_nearest
@@ -43,6 +46,7 @@ def quantize(
 
     ``data``: batches (a dictionary is keyword arguments, a tuple or list positional ones, anything else the only argument); recipes that need no data take the model's ``dummy_inputs`` where
     they are given none. ``options`` are those of the backend that choose schemes and linears (``weight``, ``input``, ``head``, ``ignore``, ``passes``).
+    The step ``equalize`` of ``passes`` scales the model's weights in place by powers of two before they are solved, where its function stays as it is (``qcompile.balance``).
     ``resume`` names a folder: every solved linear is kept there at once, and a run that was interrupted goes on where it stopped. Two runs on the same data give the same bits.
 
     Afterwards each weight is parametrized by its codes: the model runs in eager PyTorch as it is, with the weights rounded, and ``torch.compile(model, backend="qcompile")`` multiplies the codes.
@@ -65,17 +69,26 @@ def quantize(
             )
     batches = _batches(model, parsed, data)
     fast = torch.compile(model, backend="qcompile", options=given, dynamic=False)
-    with Session(fast, progress, memory, _Folder(resume)) as sitting:
-        for batch in track(batches, "recording", progress):
-            call(fast, batch)
-    _install(sitting.units)
+    folder = _Folder(resume, Balanced(model))
+    others, KEPT[:] = KEPT[:], []  # this data alone: what was recorded for calibrating, or by a run that was interrupted, would be counted beside it
+    try:
+        with Session(fast, progress, memory, folder) as sitting:
+            for batch in track(batches, "recording", progress):
+                call(fast, batch)
+    except BaseException:
+        folder.balanced.restore()
+        raise
+    finally:
+        KEPT[:] = others
+    folder.balanced.forget()
+    _install(model, sitting.units)
     return sitting.outcome
 
 
 def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> Iterable[Any]:
     if data is not None:
         return data
-    if options.recipe.static or any(needs_data(Choice(_any(), None, "", (m,))) for m in options.recipe.methods):
+    if options.recipe.static or any(needs_data(Choice(_any(), None, "", (m,))) for m in options.recipe.methods if m.name != "equalize"):
         raise CalibrationError(f"recipe {options.recipe.name} needs data: quantize(model, {options.recipe.name!r}, batches)")
     dummy = getattr(model, "dummy_inputs", None)
     if dummy is None:
@@ -89,46 +102,51 @@ def _any() -> Any:
     return Scheme.parse("int8.row")
 
 
-def _install(units: Sequence[Unit]) -> None:
+def _install(model: nn.Module, units: Sequence[Unit]) -> None:
     """Parametrize every weight that was solved and that nothing but its linear reads."""
-    names, done, kept = owners(), set(), []
-    for unit in units:
-        for name, choice in unit.plan.items():
-            site = unit.sites[name]
+    names, done = owners(), set()
+    kept: dict[int, str] = {}
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    todo = [(unit.sites[name], choice, weakref.ref(unit.parameter(unit.sites[name]))) for unit in units for name, choice in unit.plan.items() if _solved(unit, name)]
+    for unit in units:  # several graphs may read one weight: all are asked
+        for site in (unit.sites[name] for name in unit.plan if _solved(unit, name)):
             p = unit.parameter(site)
-            if not isinstance(choice, Choice) or site.stored is not None or id(p) in done:
-                continue
-            owner, _, attribute = names[id(p)]
-            if reason := _unfit(unit, site, p):
-                kept.append(f"{site.path} ({reason})")
-                continue
-            record = TABLE.record(p, site.path)
-            solution = record.solutions[solution_key(site, choice)].now()
-            w = view(p.detach(), site.view)
-            if solution.q is None:
-                with torch.no_grad():
-                    solution.q = round_to_nearest(solution.prepared(w), choice.weight, name=site.path)
-            done.add(id(p))
-            record.solutions.clear()
-            install(owner, attribute, found(choice, solution), solution, site.view == "t")
+            if reason := "another module holds it, too" if held[id(p)] > 1 else _unfit(unit, site):
+                kept.setdefault(id(p), f"{site.path} ({reason})")
+    for site, choice, ref in todo:
+        parameter = ref()
+        if parameter is None or id(parameter) in kept or id(parameter) in done:
+            continue
+        owner, _, attribute = names[id(parameter)]
+        record = TABLE.record(parameter, site.path)
+        solution = record.solutions[solution_key(site, choice)].now()
+        if solution.q is None:
+            with torch.no_grad():
+                solution.q = round_to_nearest(solution.prepared(view(parameter.detach(), site.view)), choice.weight, name=site.path)
+        done.add(id(parameter))
+        record.solutions.clear()
+        install(owner, attribute, found(choice, solution), solution, site.view == "t")
+        del parameter
     if kept:
         more = f" (and {len(kept) - 5} more)" if len(kept) > 5 else ""
-        warnings.warn(f"qcompile: kept in 16 bits: {', '.join(kept[:5])}{more}", QcompileWarning, stacklevel=3)
+        warnings.warn(f"qcompile: kept in 16 bits: {', '.join(list(kept.values())[:5])}{more}", QcompileWarning, stacklevel=3)
 
 
-def _unfit(unit: Unit, site: Site, p: Tensor) -> str:
+def _solved(unit: Unit, name: str) -> bool:
+    return isinstance(unit.plan[name], Choice) and unit.sites[name].stored is None
+
+
+def _unfit(unit: Unit, site: Site) -> str:
     """Why a weight cannot be replaced by codes; empty where it can."""
     if site.view not in ("", "t"):
         return f"it is read as {site.view!r}"
-    if sum(s.param.index == site.param.index for s in unit.sites.values()) > 1:
+    if sum(s.param.index == site.param.index for s in unit.sites.values()) > 1 and not _alike(unit, site):
         return "several linears read it"
     placeholder = next(n for n in unit.placeholders if "param" in n.meta and n.meta["param"].index == site.param.index)
     front = list(placeholder.users)
     while front:
         node = front.pop()
         if "site" in node.meta:
-            if node.meta["site"] != site.name:
-                return "several linears read it"
             continue
         if node.op == "output" or getattr(node.target, "__name__", node.target) == "embedding":
             return "an embedding reads it, too"
@@ -136,10 +154,18 @@ def _unfit(unit: Unit, site: Site, p: Tensor) -> str:
     return ""
 
 
+def _alike(unit: Unit, site: Site) -> bool:
+    """All linears that read this weight (one that is called twice) read the same codes: those of rounding to nearest."""
+    choices = [(s.view, unit.plan[s.name]) for s in unit.sites.values() if s.param.index == site.param.index]
+    first = unit.plan[site.name]
+    return all(how == site.view and isinstance(c, Choice) and c.key == first.key and not c.methods and not (c.input and c.input.static) for how, c in choices)
+
+
 class _Folder:
     """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is kept."""
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, balanced: Balanced) -> None:
+        self.balanced = balanced
         self.path = pathlib.Path(path) if path is not None else None
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -156,7 +182,7 @@ class _Folder:
             return
         tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
         tensors |= {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
-        about = {"key": choice.key, "weight": repr(fingerprint(p)), "solved": bool(solution.state), "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
+        about = {"key": choice.key, "weight": repr(fingerprint(p)), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
         part = self._file(site).with_suffix(".part")
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, str(part), metadata={"qcompile": json.dumps(about)})
         part.replace(self._file(site))
@@ -176,7 +202,7 @@ class _Folder:
         q = QTensor.unflatten(packed, choice.weight, about["k"]) if packed else None
         ranges = tuple(tensors[f"range{i}"] for i in range(sum(key.startswith("range") for key in tensors)))
         smooth, outliers, bias = (tensors.get(name) for name in ("smooth", "outliers", "bias"))
-        solution = Solution(smooth, outliers, bias, range=ranges, q=q, tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]))
+        solution = Solution(smooth, outliers, bias, range=ranges, q=q, heads=about["heads"], tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]))
         solution.state = fingerprint(p) if about["solved"] else ()
         return solution.to(p.device)
 

@@ -82,10 +82,18 @@ class Unit:
 
     def parameter(self, site: Site) -> Tensor:
         """The live weight of a site. Raises WeightError where the model is gone."""
-        p = self._params[site.param.index]()
+        return self.live(site.param.index)
+
+    def live(self, index: int) -> Tensor:
+        """The live parameter at a position among the graph's inputs. Raises WeightError where the model is gone."""
+        p = self._params[index]()
         if p is None:
-            raise WeightError(f"the parameter {site.param.path} that was calibrated no longer exists")
+            raise WeightError(f"the parameter {self.placeholders[index].meta['param'].path} that was calibrated no longer exists")
         return p
+
+    def parameters(self) -> list[Tensor]:
+        """All live parameters that the graph reads."""
+        return [self.live(index) for index in self._params]
 
     def shares(self, other: Unit) -> bool:
         """Both read a weight of the same linear."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from qcompile.core.errors import CalibrationError
+from qcompile import stored
+from qcompile.core.errors import CalibrationError, WeightError
+from qcompile.core.qtensor import dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.core.stats import check_finite, merge_all, new, update_all
@@ -23,8 +25,8 @@ from qcompile.passes import SOLVERS, experts, producers
 from qcompile.passes.sites import Site, view
 from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
-from qcompile.solve import Member, Observed, Product, complete, decibels, first_needs, inverse, needs_data, prepare, spread, then_needs
-from qcompile.weights import TABLE, fingerprint
+from qcompile.solve import Member, Observed, Product, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.weights import TABLE, fingerprint, owners
 
 HELD = 1 << 30
 """Bytes of dequantized weights that are kept beside the model, those of the sites last used."""
@@ -111,15 +113,24 @@ class Run:
         self.outcome = Outcome(tokens=0)
         self._products: OrderedDict[tuple[Any, ...], Product] = OrderedDict()
         self._finished: set[int] = set()
+        self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self._places: dict[tuple[int, tuple[str, ...]], producers.Place] = {}
 
     def run(self, again: bool) -> Outcome:
         """Solve every group, in the order of the graphs; ``again``: those, too, that have a solution."""
+        if any(map(equalized, (choice for unit in self.units for choice in unit.plan.values()))):
+            self._equalize()
         try:
             return self._run(again)
         finally:  # also after an error: the next run starts from the recorded arguments
             for unit in self.units:
                 unit.reset()
+
+    def _equalize(self) -> None:
+        if self.folder is None:
+            refuse_equalize([m for unit in self.units for c in unit.plan.values() if isinstance(c, Choice) for m in c.methods], "options['passes']")
+        else:
+            self.folder.balanced.apply(self.units)
 
     def _run(self, again: bool) -> Outcome:
         order = list(stages(self.units))
@@ -160,7 +171,7 @@ class Run:
 
     def _group(self, stage: Sequence[tuple[Unit, Group]], again: bool) -> None:
         unit, group = stage[0]
-        members = [self._member(unit, name) for name in group.names]
+        members = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
         members = [m for m in members if (again or self._solution(unit, m.site, m.choice) is None) and not self._resumed(unit, m)]
         for batch in _alike(members):
             self._solve(stage, unit, group, batch)
@@ -229,7 +240,10 @@ class Run:
         p = unit.parameter(site)
         if is_released(p):
             raise CalibrationError(f"the 16-bit weight of {site.path} was released: load the model's weights again before it is calibrated")
-        return Member(site, unit.plan[name], view(p.detach(), site.view))
+        w = view(p.detach(), site.view)
+        if bad := check_finite(w):
+            raise WeightError(f"the weight of {site.path} has {bad} values that are NaN or infinite; it cannot be quantized, and the model is as it was. Keep it: ignore=[{site.path!r}]")
+        return Member(site, unit.plan[name], w)
 
     def _solution(self, unit: Unit, site: Site, choice: Choice) -> Solution | None:
         return TABLE.record(unit.parameter(site), site.path).solutions.get(solution_key(site, choice))
@@ -252,14 +266,15 @@ class Run:
         if not isinstance(choice, Choice):
             return None
         p = unit.parameter(site)
-        solution = self._solution(unit, site, choice)
+        solution = self._solution(unit, site, choice) if site.stored is None else self._held(p)
         if solution is None:
             return None
         dtype = node.meta["example_value"].dtype
         key = (id(p), *solution_key(site, choice), dtype)
         made = self._products.get(key)
         if made is None:
-            made = self._products[key] = Product(solution.now().to(p.device), choice, view(p.detach(), site.view), dtype)
+            weight = view(p.detach(), site.view) if site.stored is None else dequantize(solution.q)  # type: ignore[arg-type]
+            made = self._products[key] = Product(solution.now().to(p.device), choice, weight, dtype)
             while sum(m.nbytes for m in self._products.values()) > HELD and len(self._products) > 1:
                 self._products.popitem(last=False)
         self._products.move_to_end(key)
@@ -270,6 +285,12 @@ class Run:
             x, bias = env[node.args[0]], node.args[2] if len(node.args) > 2 else None  # type: ignore[index]
             y = made(x.to(dtype))
             return y if bias is None else y + env[bias].to(dtype)  # type: ignore[index]
+
+    def _held(self, p: Tensor) -> Solution | None:
+        """What a module holds that is quantized already."""
+        self._names = self._names or owners()
+        owner = stored.of(p, self._names)
+        return owner[0].solution(stored.tensors_of(owner)) if owner is not None else None  # type: ignore[operator, no-any-return]
 
     def _experts(self, unit: Unit, node: fx.Node, env: Env, how: experts.Experts, made: Product) -> Tensor:
         x = env[how.x]
@@ -304,7 +325,7 @@ def solution_key(site: Site, choice: Choice) -> tuple[str, str, str]:
 def found(choice: Choice, solution: Solution) -> Choice:
     """The choice with what its solution decided."""
     columns = 0 if solution.outliers is None else int(solution.outliers.numel())
-    return replace(choice, smooth=solution.smooth is not None, outliers=columns, corrected=solution.bias is not None)
+    return replace(choice, smooth=solution.smooth is not None, heads=solution.heads, outliers=columns, corrected=solution.bias is not None)
 
 
 def _alike(members: Sequence[Member]) -> list[list[Member]]:

@@ -25,7 +25,7 @@ from qcompile.passes.gptq import stackable
 from qcompile.passes.method import Linears
 from qcompile.passes.sites import Site
 
-SETTINGS = {"outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
+SETTINGS = {"equalize": (), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
 """Steps of a recipe that are neither a transform nor a solver, and their arguments."""
 
 
@@ -90,8 +90,19 @@ def then_needs(choice: Choice) -> tuple[str, ...]:
 
 
 def needs_data(choice: Choice) -> bool:
-    """Something about this site has to be calibrated."""
-    return bool(first_needs(choice) or then_needs(choice))
+    """Something about this site has to be found before it is rounded."""
+    return bool(first_needs(choice) or then_needs(choice) or equalized(choice))
+
+
+def equalized(choice: object) -> bool:
+    """The weight is equalized with its neighbours' before it is solved: see ``qcompile.balance``."""
+    return isinstance(choice, Choice) and any(m.name == "equalize" for m in choice.methods)
+
+
+def refuse_equalize(methods: Sequence[Method], where: str) -> None:
+    """Raises OptionError where a recipe equalizes: that changes weights, which only ``quantize`` does."""
+    if any(m.name == "equalize" for m in methods):
+        raise OptionError(f"{where}: the step 'equalize' changes a model's weights in place, which compiling never does; take qcompile.quantize(model, recipe, data), then compile")
 
 
 def rule_of(choice: Choice) -> str:
@@ -109,6 +120,8 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
             at = seen.rescaled(s) if shared.smooth is not None else seen
             v = TRANSFORMS[method.name].fn(Linears(_matrices(members, s), _schemes(members), choice.input, at.stats), **method.options)
             shared.smooth = legal(s * v.float())
+            every = torch.arange(1.0, members[0].site.k + 1, device=s.device)  # a vector that nothing is equal in
+            shared.heads = not torch.equal(legal(every), every)
     for method in choice.methods:
         if method.name != "outliers":
             continue
@@ -252,6 +265,7 @@ def spread(rows: Tensor, solution: Solution, choice: Choice) -> float | None:
 def from_statistics(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor], Tensor], what: str) -> list[Solution]:
     """Solutions from statistics that were taken earlier on the unquantized model. Raises CalibrationError where one that is needed is missing."""
     choice, stats = members[0].choice, seen.stats
+    refuse_equalize(choice.methods, what)
     if missing := [name for name in (*first_needs(choice), *then_needs(choice)) if name not in stats]:
         raise CalibrationError(f"{what} holds no {', '.join(missing)} of {members[0].site.path}, which {choice.key} needs; it holds {', '.join(stats) or 'nothing'}")
     shared = prepare(members, seen, legal)

@@ -1,7 +1,7 @@
 """A weight kept as codes and scales in an ordinary module: what ``qcompile.quantize`` leaves, and how the backend recognizes it.
 
 The parameter is parametrized (``torch.nn.utils.parametrize``): its tensors are plain parameters of the module, its value is computed by the op ``stored``, so that eager, ``state_dict``, ``torch.export``
-and ``torch.save`` work. In a compiled graph the op is seen as the weight itself, with its scheme decided and its codes ready.
+and ``torch.save`` work. Modules of one class share one parametrized class (``_Shared``), so that Dynamo serves equal layers by one graph. In a compiled graph the op is seen as the weight itself, with its scheme decided and its codes ready.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Stored(nn.Module):
         weight, smooth, outliers, ranges = self.parts([t.detach() for t in tensors])
         q = QTensor.unflatten(weight, self.spec.choice.weight, self.spec.k)
         index, columns = outliers or (None, None)
-        return Solution(smooth=smooth[0] if smooth else None, range=tuple(ranges), q=q, outliers=index, columns=columns)
+        return Solution(smooth=smooth[0] if smooth else None, range=tuple(ranges), q=q, outliers=index, columns=columns, heads=self.spec.choice.heads)
 
 
 def install(module: nn.Module, name: str, choice: Choice, solution: Solution, transposed: bool) -> None:
@@ -91,6 +91,65 @@ def install(module: nn.Module, name: str, choice: Choice, solution: Solution, tr
     spec = Spec(stays, len(packed), bool(smooth), bool(kept), len(solution.range), solution.q.k, transposed, type(module).__name__)
     p.requires_grad_(False)
     parametrize.register_parametrization(module, name, Stored(spec, tensors), unsafe=True)
+    if type(type(module)) in (type, _Shared):
+        module.__class__ = _shared(type(module).__bases__[0], frozenset(module.parametrizations))  # type: ignore[arg-type]
+
+
+class _Shared(type):
+    """The class of all modules of one kind that have the same parametrized names.
+
+    PyTorch makes a class for each module, puts properties into it and takes them away: Dynamo then captures equal layers one by one, and gives up after eight.
+    Here a property stays where a module loses its parametrization, and finds the plain parameter; a module that is about to get a further one leaves for a class of its own.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        if not isinstance(vars(cls).get(name), property):
+            super().__delattr__(name)
+
+
+_CLASSES: dict[tuple[type, frozenset[str]], type] = {}
+
+
+def _shared(base: type, names: frozenset[str]) -> type:
+    if (base, names) not in _CLASSES:
+        body: dict[str, Any] = {name: _tolerant(name) for name in names}
+        _CLASSES[base, names] = _Shared(f"Parametrized{base.__name__}", (base,), {**body, "__reduce_ex__": _reduced, "__delattr__": _leaves})
+    return _CLASSES[base, names]
+
+
+def _leaves(self: nn.Module, name: str) -> None:
+    """``register_parametrization`` deletes the parameter, then puts a property into the class."""
+    cls = type(self)
+    if name in self._parameters and cls in _CLASSES.values():
+        own: Any = _Shared(cls.__name__, cls.__bases__, {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")})
+        self.__class__ = own
+    nn.Module.__delattr__(self, name)
+
+
+def _tolerant(name: str) -> property:
+    """The value of a parametrization, in modules that have it."""
+
+    def get(self: nn.Module) -> Any:
+        held = self._modules.get("parametrizations")
+        if held is None or name not in held:  # type: ignore[operator]
+            raise AttributeError(name)  # nn.Module looks among the parameters then
+        return held[name]()  # type: ignore[index]
+
+    def put(self: nn.Module, value: Tensor) -> None:
+        self.parametrizations[name].right_inverse(value)  # type: ignore[index, union-attr]
+
+    return property(get, put)
+
+
+def _reduced(self: nn.Module, protocol: Any) -> Any:
+    """How a module is copied and pickled: by its plain class and the names, which make its class again."""
+    return _rebuilt, (type(self).__bases__[0], tuple(sorted(self.parametrizations))), self.__dict__  # type: ignore[arg-type]
+
+
+def _rebuilt(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls: Any = _shared(base, frozenset(names))
+    made: nn.Module = cls.__new__(cls)
+    return made
 
 
 def _correct(module: nn.Module, by: Tensor, dtype: torch.dtype) -> None:
@@ -141,21 +200,23 @@ def tensors_of(owner: parametrize.ParametrizationList) -> list[Tensor]:
 
 
 def fold(gm: fx.GraphModule, inputs: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> None:
-    """Let the placeholder of the codes stand for the weight itself: it gets the weight's name, shape and decided choice, and the op is gone. ``unfold`` puts it back."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    index = {node: i for i, node in enumerate(placeholders)}
-    for node in gm.graph.find_nodes(op="call_function", target=target("stored")):
-        codes = node.args[0][0]
-        owner = of(inputs[index[codes]], names) if codes in index and len(codes.users) == 1 else None
+    """Let the placeholder of the codes stand for the weight itself: it gets the weight's name, shape and decided choice, and the op is gone. ``unfold`` puts it back.
+
+    A module that is called twice, or that asks for the dtype of its weight, has the op several times.
+    """
+    for i, codes in enumerate(gm.graph.find_nodes(op="placeholder")):
+        ops = [node for node in codes.users if node.target is target("stored")]
+        owner = of(inputs[i], names) if ops and len(ops) == len(codes.users) and all(node.args == ops[0].args for node in ops) else None
         if owner is None:
             continue
-        spec: Spec = owner[0].spec  # type: ignore[assignment, union-attr]
-        path = plain(*names[id(inputs[index[codes]])][1:])
-        codes.meta |= {"param": Param(index[codes], path, spec.kind), "stored": spec.choice, "codes": codes.meta["example_value"]}
-        codes.meta["op"] = fx.map_arg(node.args, lambda n: n.name)
-        codes.meta["example_value"] = node.meta["example_value"]
-        node.replace_all_uses_with(codes)
-        gm.graph.erase_node(node)
+        spec: Spec = owner[0].spec  # type: ignore[assignment]
+        path = plain(*names[id(inputs[i])][1:])
+        codes.meta |= {"param": Param(i, path, spec.kind), "stored": spec.choice, "codes": codes.meta["example_value"]}
+        codes.meta["op"] = fx.map_arg(ops[0].args, lambda n: n.name)
+        codes.meta["example_value"] = ops[0].meta["example_value"]
+        for node in ops:
+            node.replace_all_uses_with(codes)
+            gm.graph.erase_node(node)
     gm.recompile()
 
 

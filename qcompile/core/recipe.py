@@ -63,7 +63,8 @@ class Method:
 class Choice:
     """What one linear gets: a weight scheme, an input scheme (None: activations stay in 16 bits), why, and the methods that find its values.
 
-    ``smooth``, ``outliers`` and ``corrected`` are what these methods found and the graph's shape depends on: whether a vector divides the input, how many columns stay in 16 bits,
+    ``smooth``, ``outliers`` and ``corrected`` are what these methods found and the graph's shape depends on: whether a vector divides the input (one that heads share, with ``heads``), how many
+    columns stay in 16 bits,
     whether the bias is corrected.
     """
 
@@ -72,11 +73,12 @@ class Choice:
     why: str = ""
     methods: tuple[Method, ...] = ()
     smooth: bool = False
+    heads: bool = False
     outliers: int = 0
     corrected: bool = False
 
     def __str__(self) -> str:
-        found = [*(["smooth"] if self.smooth else []), *([f"{self.outliers} outlier columns"] if self.outliers else []), *(["bias corrected"] if self.corrected else [])]
+        found = [*(["smooth by heads" if self.heads else "smooth"] if self.smooth else []), *([f"{self.outliers} outlier columns"] if self.outliers else []), *(["bias corrected"] if self.corrected else [])]
         return ", ".join([self.schemes, *found])
 
     @property
@@ -190,8 +192,8 @@ _ROWS = (
     Recipe("INT8_ROWWISE", "int8.tensor", "int8.row", doc="baseline of the LLM.int8() paper: activations per token, one range for the weight"),
     Recipe("INT8_VECTORWISE", "int8.row", "int8.row", doc="baseline of the LLM.int8() paper: as W8A8"),
     Recipe("INT8_VECTORWISE_ZEROPOINT", "int8.row.point", "int8.row.point", doc="baseline of the LLM.int8() paper: vector-wise, asymmetric"),
-    Recipe("INT8_ROWWISE_DECOMPOSED", "int8.tensor", "int8.row", passes=("outliers(dynamic=32)",), doc="baseline of the LLM.int8() paper: row-wise beside 16-bit outlier columns"),
-    Recipe("LLM_INT8_ZEROPOINT", "int8.row.point", "int8.row.point", passes=("outliers(dynamic=32)",), doc="LLM.int8() with asymmetric ranges"),
+    Recipe("INT8_ROWWISE_DECOMPOSED", "int8.tensor", "int8.row", passes=("outliers(threshold=6.0)",), doc="baseline of the LLM.int8() paper: row-wise beside 16-bit outlier columns"),
+    Recipe("LLM_INT8_ZEROPOINT", "int8.row.point", "int8.row.point", passes=("outliers(threshold=6.0)",), doc="LLM.int8() with asymmetric ranges"),
 )
 RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 

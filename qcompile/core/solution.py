@@ -31,6 +31,8 @@ class Solution:
     decibels: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    heads: bool = False
+    """``smooth`` is equal over the channels of heads that share a row (grouped-query attention): it may go into that row."""
     columns: Tensor | None = None
     """(N, C): the outlier columns times ``s``, where the weight itself is no longer there to read them from."""
     live: Callable[[], Solution] | None = field(default=None, repr=False)
@@ -66,4 +68,4 @@ class Solution:
         """The same tensors on another device."""
         moved = {name: t.to(device) if (t := getattr(self, name)) is not None else None for name in ("smooth", "outliers", "bias", "columns")}
         q = self.q and QTensor.unflatten([t.to(device) for t in self.q.flatten()], self.q.scheme, self.q.k)
-        return Solution(**moved, range=tuple(t.to(device) for t in self.range), q=q, tokens=self.tokens, decibels=self.decibels, seconds=self.seconds, notes=self.notes, live=self.live, state=self.state)
+        return Solution(**moved, range=tuple(t.to(device) for t in self.range), q=q, heads=self.heads, tokens=self.tokens, decibels=self.decibels, seconds=self.seconds, notes=self.notes, live=self.live, state=self.state)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qcompile.core.errors import WeightError
 from qcompile.core.formats import FORMATS, table
-from qcompile.core.qtensor import QTensor, dequantize, quantize, tile, unpack, untile, value
+from qcompile.core.qtensor import GROUP_SCALE, QTensor, dequantize, quantize, tile, unpack, untile, value
 from qcompile.core.ranges import RANGES, TINY
 from qcompile.core.scheme import Scheme
 
@@ -294,7 +294,7 @@ def test_tile(n, k, r, c):
 
 def test_group_larger_than_the_axis_is_the_axis():
     x = torch.randn(5, 40)
-    wide, row = quantize(x, Scheme.parse("int4.g128")), quantize(x, Scheme.parse("int4.row"))
+    wide, row = quantize(x, Scheme.parse("int4.g128")), quantize(x, Scheme.parse("int4.row"), scale_dtype=GROUP_SCALE)
     assert wide.scale.shape == row.scale.shape == (5, 1)
     assert torch.equal(dequantize(wide), dequantize(row))
 
@@ -303,15 +303,15 @@ def test_a_ragged_group_is_quantized_by_itself():
     x = torch.randn(5, 70)
     x[:, 64:] *= 100
     y = dequantize(quantize(x, Scheme.parse("int8.g32")))
-    assert torch.equal(y[:, 64:], dequantize(quantize(x[:, 64:], Scheme.parse("int8.row"))))
-    assert torch.equal(y[:, :32], dequantize(quantize(x[:, :32], Scheme.parse("int8.row"))))
+    assert torch.equal(y[:, 64:], dequantize(quantize(x[:, 64:], Scheme.parse("int8.row"), scale_dtype=GROUP_SCALE)))
+    assert torch.equal(y[:, :32], dequantize(quantize(x[:, :32], Scheme.parse("int8.row"), scale_dtype=GROUP_SCALE)))
 
 
 def test_blocks_share_scales_across_rows():
     x = torch.randn(130, 200)
     q = quantize(x, Scheme.parse("e4m3.b128x128"))
     assert q.scale.shape == (2, 2)
-    own = quantize(x[128:, 128:], Scheme.parse("e4m3.tensor"))
+    own = quantize(x[128:, 128:], Scheme.parse("e4m3.tensor"), scale_dtype=GROUP_SCALE)
     assert torch.equal(dequantize(q)[128:, 128:], dequantize(own))
 
 

@@ -82,12 +82,12 @@ def test_errors_say_what_exists(spelling, message):
 @pytest.mark.parametrize(
     ("spelling", "bits"),
     [
-        ("int8.row", 8 + 16 / 4096),
+        ("int8.row", 8 + 32 / 4096),
         ("int8.tensor.static", 8.0),
         ("uint4.g128.point", 4.1875),
         ("e4m3.tensor", 8.0),
         ("e4m3.b128x128", 8 + 16 / 128**2),
-        ("nf4.g64/int8.row", 4.125 + 16 / 4096),
+        ("nf4.g64/int8.row", 4.125 + 32 / 4096),
         ("nf4.g64/int8.g256", 4.125 + 16 / 4096),  # a row has 64 scales, so that a group of 256 is the row
         ("int4.g32", 4.5),
         ("uint4.g32.min", 5.0),

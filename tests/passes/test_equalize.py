@@ -12,7 +12,7 @@ from torch import nn
 
 from qcompile.core.errors import OptionError
 from qcompile.core.scheme import Scheme
-from qcompile.passes.equalize import TRANSFORM, absorb, chain, equalize, factor, high_bias, pairs, row_maxima
+from qcompile.passes.equalize import TRANSFORM, Link, absorb, balance, chain, equalize, factor, high_bias, pairs, row_maxima, scale
 from qcompile.passes.method import Linears
 
 
@@ -108,3 +108,42 @@ class Mlp(nn.Module):
 def test_pairs_of_a_graph():
     found = pairs(through(FOUND, Mlp(), torch.randn(2, 5, 16)))
     assert {names: (where.site, where.homogeneous) for where, names in found} == {("b",): ("a", True), ("gate", "c"): ("b", True), ("d",): ("c", False)}
+
+
+# --- a model's own weights ---------------------------------------------------------------------------------------------------
+
+
+def test_balance_is_a_chain_in_powers_of_two():
+    w, b = weights(8, 16, 16, 5)
+    names = dict(zip("abc", (m.clone() for m in w)))
+    links = [Link("a", ("b",), tuple(range(16))), Link("b", ("c",), tuple(range(16)))]
+    found = balance(links, names)
+    assert all(torch.equal(m, w[i]) for i, m in enumerate(names.values()))
+    for s, exact in zip(found.values(), chain([m.float() for m in w], b)[2]):
+        assert torch.equal(s.log2(), s.log2().round()) and float((s / exact).log2().abs().max()) <= 0.5 + 1e-3
+    biases = [bias.clone() for bias in b]
+    for link, bias in zip(links, biases):
+        scale(link, found[link], names, bias)
+    x = torch.randn(7, 8).double()
+    assert torch.equal(forward(x, list(names.values()), [*biases[:2], b[2]]), forward(x, w, b))
+    for link, bias in zip(links, biases):
+        scale(link, 1 / found[link], names, bias)
+    assert all(torch.equal(m, w[i]) for i, m in enumerate(names.values())) and all(map(torch.equal, biases, b))
+
+
+def test_balance_of_shared_rows_fused_rows_and_experts():
+    """Rows that no channel comes from keep their value; kin count together; channels of one row get one factor; experts share theirs."""
+    a, b, c = torch.randn(6, 4) * torch.tensor([1.0, 64, 1, 8, 1, 1])[:, None], torch.randn(5, 4), torch.randn(3, 5, 4)
+    link = Link("a", ("b", "c"), (1, 3, 1, 3))
+    (s,) = balance([link], {"a": a, "b": b, "c": c}).values()
+    assert s[0] == s[2] and s[1] == s[3]
+    columns = torch.stack([b.abs().amax(0), c.abs().amax((0, 1))]).amax(0)
+    assert float((s / factor(a.abs().amax(1), columns, link.index)).log2().abs().max()) <= 0.5
+    before = a.clone()
+    scale(link, s, {"a": a, "b": b, "c": c}, None)
+    assert torch.equal(a[[0, 2, 4, 5]], before[[0, 2, 4, 5]]) and torch.equal(a[[1, 3]], before[[1, 3]] / s[:2, None])
+
+
+def test_factors_are_bounded():
+    s = balance([Link("a", ("b",), (0, 1))], {"a": torch.tensor([[1e9], [1.0]]), "b": torch.tensor([[1e-9, 1.0]])})
+    assert next(iter(s.values())).tolist() == [1024, 1]

@@ -58,7 +58,7 @@ def test_bias_activation_residual():
     assert_expected_inline(
         text(flattened(fn, *inputs())),
         """\
-inputs: x_1: float32[2, 3, 32], codes_1: int8[16, 32], scale_1: bfloat16[16, 1], b_1: float32[16], residual_1: float32[2, 3, 16]
+inputs: x_1: float32[2, 3, 32], codes_1: int8[16, 32], scale_1: float32[16, 1], b_1: float32[16], residual_1: float32[2, 3, 16]
 view = aten.view(x_1, [-1, 32])
 linear = qcompile.linear(view, [codes_1, scale_1], 'int8.row')
 add_tensor = aten.add.Tensor(linear, b_1)
@@ -105,7 +105,7 @@ def test_several_users():
     assert_expected_inline(
         text(gm),
         """\
-inputs: x_1: float32[2, 3, 32], codes_1: int8[16, 32], scale_1: bfloat16[16, 1], b_1: float32[16], residual_1: float32[2, 3, 16]
+inputs: x_1: float32[2, 3, 32], codes_1: int8[16, 32], scale_1: float32[16, 1], b_1: float32[16], residual_1: float32[2, 3, 16]
 view = aten.view(x_1, [-1, 32])
 linear = qcompile.linear(view, [codes_1, scale_1], 'int8.row')
 add_tensor = aten.add.Tensor(linear, b_1)

@@ -59,7 +59,7 @@ def test_blocks_and_cholesky_compute_the_definition(spelling, block):
     stats, h = second_moment(x), x.T @ x / len(x)
     nested = scheme.scale is not None
     for act_order, static in [(True, True), (False, True), *([] if nested else [(False, False)])]:
-        q = gptq.solve(w, scheme, stats, block=block, act_order=act_order, static_groups=static)
+        q = gptq.solve(w, scheme, stats, damping=0.01, block=block, act_order=act_order, static_groups=static)
         torch.testing.assert_close(codes(q), by_definition(w, scheme, h, act_order=act_order, static=static), rtol=0, atol=0)
 
 
@@ -164,7 +164,7 @@ def test_damping_rises_where_it_must(caplog):
     assert used > 0 and torch.equal(t.tril(), torch.eye(64))
     lowered = h - 0.05 * h.diagonal().diag()  # no second moment has a negative eigenvalue; one added up in 16 bits may
     with caplog.at_level(logging.WARNING, "qcompile.passes"):
-        gptq.solve(torch.randn(8, 64), Scheme.parse("int4.row"), from_h(lowered), name="layers.0.down")
+        gptq.solve(torch.randn(8, 64), Scheme.parse("int4.row"), from_h(lowered), damping=0.01, name="layers.0.down")
     assert "layers.0.down" in caplog.text and "from 0.01 to 0.1" in caplog.text
     with pytest.raises(WeightError, match=r"layers.0.down.*not positive definite even with 1 "):
         gptq.propagation(torch.full((8, 8), -1.0) + 1.1 * torch.eye(8), 0.01, "layers.0.down")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -133,3 +134,15 @@ def test_no_multiply_is_left_where_vectors_fold(name):
     assert kinds <= {"norm", "rows", "multiply"} and "norm" in kinds
     kept = [n for n, where in graph.planned.meta["places"].items() if where.startswith("multiply")]
     assert all("kept as a multiply" in graph.planned.meta["places"][n] for n in kept)
+
+
+def test_a_vector_found_with_a_cache_stays_right_without_one():
+    """With a cache the value projection's rows are no place, so that o_proj's channels get a factor each; a call without one must not put these into rows that repeated heads share."""
+    model, inputs = tiny("llama", num_attention_heads=4, num_key_value_heads=2)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = torch.compile(model, backend="qcompile", dynamic=False, options={"recipe": "W8A8_SMOOTHQUANT", "lower": "eager"})
+        calibrate(fast, [{**inputs, "use_cache": True}], progress=False)
+        for cache in (True, False):
+            y, exact = fast(**inputs, use_cache=cache).logits, model(**inputs, use_cache=cache).logits
+            assert float((y - exact).norm() / exact.norm()) < 0.03
