@@ -116,7 +116,9 @@ class CompiledGraph:
         if problem := _no_compiler(inputs):
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return _Eager(gm)
-        patches = {"epilogue_fusion_first": True, "realize_reads_threshold": 8, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
+        smooth = any(isinstance(c, Choice) and c.smooth for c in self.plan.values())
+        more = {"realize_reads_threshold": 8} if smooth else {}  # a norm that reads the residual, its weight and the vector is still one kernel with the quantization behind it
+        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
         if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
             patches["triton.cudagraphs"] = False
             self.notes.append("no CUDA graph for this graph: it makes a cache that outlives the call; the graphs that read the cache have theirs")

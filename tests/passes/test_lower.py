@@ -45,7 +45,7 @@ def test_kin_share_one_dynamic_quantization():
     assert_expected_inline(
         lowered(QKV(), X),
         """\
-inputs: l_x_: float32[2, 3, 64], q.weight.codes: int8[64, 64], q.weight.scale: bfloat16[64, 1], k.weight.codes: int8[32, 64], k.weight.scale: bfloat16[32, 1], v.weight.codes: int8[64, 64], v.weight.scale: bfloat16[64, 1]
+inputs: l_x_: float32[2, 3, 64], q.weight.codes: int8[64, 64], q.weight.scale: float32[64, 1], k.weight.codes: int8[32, 64], k.weight.scale: float32[32, 1], v.weight.codes: int8[64, 64], v.weight.scale: float32[64, 1]
 quantize_default = qcompile.quantize(l_x_, [], 'int8.row')
 getitem = getitem(quantize_default, 0)
 getitem_1 = getitem(quantize_default, 1)
@@ -62,7 +62,7 @@ def test_kin_share_one_static_quantization():
     assert_expected_inline(
         lowered(QKV(), X, recipe="W8A8_STATIC"),
         """\
-inputs: l_x_: float32[2, 3, 64], q.weight.codes: int8[64, 64], q.weight.scale: bfloat16[64, 1], q.weight.range: float32[1], k.weight.codes: int8[32, 64], k.weight.scale: bfloat16[32, 1], v.weight.codes: int8[64, 64], v.weight.scale: bfloat16[64, 1]
+inputs: l_x_: float32[2, 3, 64], q.weight.codes: int8[64, 64], q.weight.scale: float32[64, 1], q.weight.range: float32[1], k.weight.codes: int8[32, 64], k.weight.scale: float32[32, 1], v.weight.codes: int8[64, 64], v.weight.scale: float32[64, 1]
 quantize_default = qcompile.quantize(l_x_, [q.weight.range], 'int8.tensor.static')
 getitem = getitem(quantize_default, 0)
 scaled_linear_default = qcompile.scaled_linear(getitem, [q.weight.range], [q.weight.codes, q.weight.scale], 'int8.tensor.static @ int8.row')  # q: int8.tensor.static @ int8.row
@@ -79,7 +79,7 @@ def test_kin_with_other_schemes_have_their_own():
     assert_expected_inline(
         lowered(QKV(), X, recipe=Recipe("mixed", "int8.row", "int8.tensor.static", rules)),
         """\
-inputs: l_x_: float32[2, 3, 64], q.weight.codes: int8[64, 64], q.weight.scale: bfloat16[64, 1], q.weight.range: float32[1], k.weight.codes: uint8[32, 64], k.weight.scale: bfloat16[32, 2], v.weight.codes: int8[64, 64], v.weight.scale: bfloat16[64, 1]
+inputs: l_x_: float32[2, 3, 64], q.weight.codes: int8[64, 64], q.weight.scale: float32[64, 1], q.weight.range: float32[1], k.weight.codes: uint8[32, 64], k.weight.scale: bfloat16[32, 2], v.weight.codes: int8[64, 64], v.weight.scale: float32[64, 1]
 quantize_default = qcompile.quantize(l_x_, [q.weight.range], 'int8.tensor.static')
 getitem = getitem(quantize_default, 0)
 scaled_linear_default = qcompile.scaled_linear(getitem, [q.weight.range], [q.weight.codes, q.weight.scale], 'int8.tensor.static @ int8.row')  # q: int8.tensor.static @ int8.row
@@ -131,7 +131,7 @@ def test_casts_of_autocast_are_written_out():
     assert_expected_inline(
         short(text(after)),
         """\
-inputs: l_x_: float32[2, 3, 64], l_model_modules_fc_parameters_weight__codes: int8[32, 64], l_model_modules_fc_parameters_weight__scale: bfloat16[32, 1], l_model_modules_out_parameters_weight__codes: int8[32, 32], l_model_modules_out_parameters_weight__scale: bfloat16[32, 1]
+inputs: l_x_: float32[2, 3, 64], l_model_modules_fc_parameters_weight__codes: int8[32, 64], l_model_modules_fc_parameters_weight__scale: float32[32, 1], l_model_modules_out_parameters_weight__codes: int8[32, 32], l_model_modules_out_parameters_weight__scale: float32[32, 1]
 _enter_autocast = _enter_autocast('cpu', bfloat16, True, None)
 to = l_x_.to(bfloat16)
 linear_default = qcompile.linear(to, [l_model_modules_fc_parameters_weight__codes, l_model_modules_fc_parameters_weight__scale], 'int8.row')  # fc: int8.row
@@ -161,7 +161,7 @@ def test_transposes_casts_and_views_of_weights_are_gone():
     assert_expected_inline(
         lowered(Spellings(), X, recipe="W8A16"),
         """\
-inputs: l_x_: float32[2, 3, 64], .w.codes: int8[32, 64], .w.scale: bfloat16[32, 1], conv.weight.codes: int8[32, 64], conv.weight.scale: bfloat16[32, 1]
+inputs: l_x_: float32[2, 3, 64], .w.codes: int8[32, 64], .w.scale: float32[32, 1], conv.weight.codes: int8[32, 64], conv.weight.scale: float32[32, 1]
 flat = l_x_.view(-1, 64)
 linear_default = qcompile.linear(flat, [.w.codes, .w.scale], 'int8.row')  # w: int8.row
 addmm = add(linear_default, %b)
@@ -217,7 +217,7 @@ return (squeeze,)""",
     assert_expected_inline(
         lowered(Experts("dense"), torch.randn(5, 64), IDS),
         """\
-inputs: l_x_: float32[5, 64], .w.codes: int8[4, 48, 64], .w.scale: bfloat16[4, 48, 1]
+inputs: l_x_: float32[5, 64], .w.codes: int8[4, 48, 64], .w.scale: float32[4, 48, 1]
 unsqueeze = l_x_.unsqueeze(0)
 expand = unsqueeze.expand(4, -1, -1)
 size = expand.size(1)
@@ -236,7 +236,7 @@ return (bmm,)""",
     assert_expected_inline(
         lowered(Experts("sorted").bfloat16(), torch.randn(5, 64).bfloat16(), ends, recipe="W8A16"),
         """\
-inputs: l_x_: bfloat16[5, 64], l_ids_: int32[4], .w.codes: int8[4, 48, 64], .w.scale: bfloat16[4, 48, 1]
+inputs: l_x_: bfloat16[5, 64], l_ids_: int32[4], .w.codes: int8[4, 48, 64], .w.scale: float32[4, 48, 1]
 grouped_linear_default = qcompile.grouped_linear(l_x_, [], l_ids_, [.w.codes, .w.scale], 'int8.row', False)  # w: int8.row
 _grouped_mm = grouped_linear_default.to(bfloat16)
 return (_grouped_mm,)""",
@@ -258,7 +258,7 @@ def test_what_keeps_16_bits_and_writes_stay():
     assert_expected_inline(
         lowered(Mixed(), X, recipe=Recipe("mixed", "int8.row", None, (Rule("keep"),))),
         """\
-inputs: l_x_: float32[2, 3, 64], fc.weight.codes: int8[64, 64], fc.weight.scale: bfloat16[64, 1], .stack.codes: int8[32, 64], .stack.scale: bfloat16[32, 1]
+inputs: l_x_: float32[2, 3, 64], fc.weight.codes: int8[64, 64], fc.weight.scale: float32[64, 1], .stack.codes: int8[32, 64], .stack.scale: float32[32, 1]
 linear_default = qcompile.linear(l_x_, [fc.weight.codes, fc.weight.scale], 'int8.row')  # fc: int8.row
 y = add(linear_default, %fc.bias)
 add_ = y.add_(1)

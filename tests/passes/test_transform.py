@@ -13,8 +13,9 @@ from tiny_models import tiny
 from torch import nn
 
 from qcompile.calibrate import calibrate
-from qcompile.core.qtensor import dequantize
+from qcompile.core.qtensor import dequantize, quantize
 from qcompile.core.recipe import Choice
+from qcompile.core.scheme import Scheme
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
 from qcompile.passes.producers import place, shared
@@ -92,7 +93,7 @@ def test_one_vector_for_all_kin():
     for name, site in graph.sites.items():
         choice = graph.plan[name]
         if isinstance(choice, Choice):
-            record = next(r for r in TABLE._records.values() if r.path == site.path and r.solutions)
+            record = next(r for r in TABLE._records.values() if r.path == site.path and (site.view, use(name), choice.key) in r.solutions)
             vectors[name] = record.solutions[site.view, use(name), choice.key].smooth
     q, k, v = (vectors[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv")
     assert torch.equal(q, k) and torch.equal(q, v)
@@ -120,7 +121,7 @@ def test_weight_only_is_exact(lower):
         y = fast(x)
         for m in (model[1], model[3]):
             (s,) = TABLE.get(m.weight).solutions.values()
-            m.weight.data = dequantize(s.q, torch.float32) / s.smooth
+            m.weight.data = dequantize(quantize(s.prepared(m.weight.detach()), Scheme.parse("int4.g16"))) / s.smooth
         for m in model.modules():
             m._compiled_call_impl = None
         assert close(y, model(x), 1e-5)
