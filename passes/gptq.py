@@ -107,9 +107,9 @@ def propagation(h: Tensor, damping: float, name: str = "", damp: str = "channel"
     while share <= 1 or share == damping:
         filled = torch.where(dead, mean, diagonal) + share * mean  # a dead channel is coupled to nothing: any positive value will do
         for dtype in (torch.float32, torch.float64):
-            moves = _unit_inverse(h.to(dtype), filled.to(dtype))
-            if moves is not None:
-                return moves.float(), share
+            found = _unit_inverse(h.to(dtype), filled.to(dtype))
+            if found is not None:
+                return found.float(), share
         share = share * 10 if share else 1e-4
     raise WeightError(f"the second moment (hessian) of the input of {name or '(unnamed)'} is not positive definite even with {share / 10:g} of its mean diagonal added; take the statistics again")
 

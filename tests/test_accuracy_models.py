@@ -197,3 +197,14 @@ def test_goals_are_judged():
     assert [(g["value"], g["bound"], g["met"]) for g in found] == [(0.05, pytest.approx(0.04), False)]
     found = accuracy.judge({"lm-outliers": {"metric": "kl", "rows": rows}}, "ours")
     assert [g["met"] for g in found] == [False, True]  # a share that is not known is not met
+
+
+def test_the_readme_has_the_committed_numbers():
+    import json
+    from pathlib import Path
+
+    import accuracy
+
+    root = Path(accuracy.__file__).resolve().parent.parent
+    table = accuracy.markdown(json.loads(accuracy.RESULTS.read_text())["models"])
+    assert table in (root / "README.md").read_text(encoding="utf-8")

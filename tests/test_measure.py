@@ -25,7 +25,7 @@ def report() -> qcompile.Report:
 
 def test_totals_by_hand(report):
     layer, head, gate, convolution, unused, table = 2 * 64 * 128 * 4, 100 * 64 * 4, 4 * 64 * 4, 64 * 64 * 3 * 4, 32 * 32 * 4, 100 * 64 * 4
-    packed = (128 * 64 + 128 * 2) + (64 * 128 + 64 * 2)
+    packed = (128 * 64 + 128 * 4) + (64 * 128 + 64 * 4)
     t = report.totals
     assert t.bytes_before == 3 * layer + head + gate + convolution + unused
     assert t.bytes_after == 3 * packed + head + gate + convolution + unused
@@ -42,18 +42,12 @@ def test_rows(report):
     up, down = report.sites[:2]
     assert [row.name for row in report.sites] == [f"layers.{i}.{name}" for i in range(3) for name in ("up", "down")]
     assert (up.shape, up.role, up.weight, up.input, up.why, up.rows, up.regime, up.graph) == ((128, 64), "linear", "int8.row", "int8.row", "W8A8", 14, "small", 0)
-    assert up.bits == 8 + 16 / 64 and down.bits == 8 + 16 / 128
-    assert (up.bytes_before, up.bytes_after, up.flops) == (128 * 64 * 4, 128 * 64 + 256, 2 * 14 * 128 * 64)
+    assert up.bits == 8 + 32 / 64 and down.bits == 8 + 32 / 128
+    assert (up.bytes_before, up.bytes_after, up.flops) == (128 * 64 * 4, 128 * 64 + 512, 2 * 14 * 128 * 64)
     assert up.kernel == "reference: options['lower'] is 'eager'"
     assert {(row.name, row.role) for row in report.kept} == {("lm_head", "head"), ("gate", "router"), ("convolution.weight", "other"), ("unused", "unread")}
     why = {row.name: row.reason for row in report.kept}
     assert why["convolution.weight"] == "a convolution with a kernel of 3" and why["unused"] == "no compiled graph reads it in this call"
-
-
-def bfloat16(x: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16 of a positive float32, ties to even."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def decibels(exact: np.ndarray, y: np.ndarray) -> float:
@@ -67,7 +61,7 @@ def test_sqnr_against_numpy(given):
     options = {"weight": "int8.row", **({"input": given} if given else {}), **EAGER}
     row = qcompile.explain(torch.compile(layer, backend="qcompile", options=options), x).sites[0]
     w, v = layer.weight.detach().numpy(), x.numpy()
-    scale = bfloat16(np.abs(w).max(1, keepdims=True) / 127)
+    scale = np.abs(w).max(1, keepdims=True) / 127
     w_hat = np.rint(w / scale) * scale
     axis = {"int8.row": 1, "int8.tensor.static": None, None: None}[given]
     step = np.abs(v).max(axis, keepdims=True) / 127
@@ -108,7 +102,7 @@ def test_autocast_casts_the_input_first():
 
     def expected(v: np.ndarray) -> float:
         w = layer.weight.detach().numpy()
-        scale, step = bfloat16(np.abs(w).max(1, keepdims=True) / 127), np.abs(v).max(1, keepdims=True) / 127
+        scale, step = np.abs(w).max(1, keepdims=True) / 127, np.abs(v).max(1, keepdims=True) / 127
         return decibels(v.astype(np.float64) @ w.T, (np.rint(v / step) * step).astype(np.float64) @ (np.rint(w / scale) * scale).T)
 
     assert row.output_db == pytest.approx(expected(x.bfloat16().float().numpy()), abs=1e-3)
@@ -239,7 +233,7 @@ def test_prefill_and_decode():
         ("layers.0.up", 2, 1, "decode"),
     ]
     groups = report.site_groups()
-    assert [(g.label, g.m, g.total("bytes_after")) for g in groups[::2]] == [("layers.*.up  x3", "5-14", 3 * (64 * 128 + 256)), ("layers.*.up  x3", "1", 3 * (64 * 128 + 256))]
+    assert [(g.label, g.m, g.total("bytes_after")) for g in groups[::2]] == [("layers.*.up  x3", "5-14", 3 * (64 * 128 + 512)), ("layers.*.up  x3", "1", 3 * (64 * 128 + 512))]
     assert report.totals.bytes_before == sum(g.total("bytes_before") for g in groups[:2]) + sum(g.total("nbytes") for g in report.kept_groups())
     linears, head, gate = 6 * 64 * 128, 64 * 100, 64 * 4
     assert report.totals.coverage_flops_all == linears / (linears + head + gate)
@@ -258,19 +252,19 @@ class Twice(nn.Module):
 def test_weight_used_twice_counts_once():
     report = qcompile.explain(torch.compile(Twice(False), backend="qcompile", options=EAGER), torch.randn(4, 32))
     assert [row.name for row in report.sites] == ["fc", "fc@2"]
-    assert (report.totals.bytes_before, report.totals.bytes_after) == (32 * 32 * 4, 32 * 32 + 64) and report.totals.coverage == 1
+    assert (report.totals.bytes_before, report.totals.bytes_after) == (32 * 32 * 4, 32 * 32 + 128) and report.totals.coverage == 1
 
 
 def test_weight_packed_and_kept_is_held_twice():
     report = qcompile.explain(torch.compile(Twice(False), backend="qcompile", options={"ignore": ["fc@2"], **EAGER}), torch.randn(4, 32))
     assert ([row.name for row in report.sites], [row.name for row in report.kept]) == (["fc"], ["fc@2"])
-    assert report.totals.bytes_after == 32 * 32 + 64 + 32 * 32 * 4 and report.totals.coverage_flops == 1 / 2
+    assert report.totals.bytes_after == 32 * 32 + 128 + 32 * 32 * 4 and report.totals.coverage_flops == 1 / 2
 
 
 def test_weight_packed_in_two_ways_is_covered_once():
     report = qcompile.explain(torch.compile(Twice(True), backend="qcompile", options=EAGER), torch.randn(4, 32))
     assert [row.name for row in report.sites] == ["fc", "fc@2"] and report.totals.coverage == 1
-    assert (report.totals.bytes_before, report.totals.bytes_after) == (32 * 32 * 4, 2 * (32 * 32 + 64))
+    assert (report.totals.bytes_before, report.totals.bytes_after) == (32 * 32 * 4, 2 * (32 * 32 + 128))
 
 
 def test_flops_count_calls():
@@ -291,7 +285,7 @@ def test_stacked_experts():
 
     row = qcompile.explain(torch.compile(Experts(), backend="qcompile", options=EAGER), torch.randn(4, 5, 32)).sites[0]
     assert (row.role, row.shape, row.rows, row.output_db) == ("experts", (4, 48, 32), 20, None) and row.weight_db > 30
-    assert row.flops == 2 * 20 * 32 * 48 and row.bits == 8 + 16 / 32
+    assert row.flops == 2 * 20 * 32 * 48 and row.bits == 8 + 32 / 32
 
 
 def test_released():
