@@ -49,6 +49,12 @@ def columns(stats: Stats, threshold: float = THRESHOLD, columns: int | None = No
     return (peak >= threshold).nonzero().flatten()
 
 
+def chosen(peak: Tensor, how: Dynamic) -> Tensor:
+    """Indices of the columns that a call with absolute maxima ``peak`` (K,) keeps: the largest, less those below the threshold. What ``find`` puts into a graph, with sizes that may vary."""
+    index = peak.topk(min(how.columns, peak.numel())).indices
+    return index[peak[index] >= how.threshold]
+
+
 def dynamic(choice: Choice) -> Dynamic | None:
     """The settings of a dynamic split; None where there is none."""
     for method in choice.methods:

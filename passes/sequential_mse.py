@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.core.errors import OptionError, WeightError
-from qcompile.core.formats import decode, encode
-from qcompile.core.qtensor import Grid, QTensor, dequantize, find_range, from_codes, grid, grid_of, scaled, unscaled
+from qcompile.core.formats import encode
+from qcompile.core.qtensor import Grid, QTensor, dequantize, find_range, from_codes, grid, grid_of, rounded, scaled
 from qcompile.core.scheme import Scheme
 from qcompile.core.stats import Stats
 
@@ -95,11 +95,6 @@ def _best(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, own: Te
         out_zero = torch.where(wins, z, out_zero) if z is not None and out_zero is not None else None
         out_delta = torch.where(wins.repeat_interleave(r, 0)[: len(d)], d, out_delta)
     return out_scale, out_zero, out_delta
-
-
-def rounded(w: Tensor, g: Grid) -> Tensor:
-    """``w`` rounded to nearest on a grid, float32."""
-    return unscaled(decode(encode(scaled(w, g), g.scheme.fmt), g.scheme.fmt), g)
 
 
 def row_error(delta: Tensor, h: Tensor) -> Tensor:

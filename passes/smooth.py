@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qcompile.core.errors import OptionError
-from qcompile.core.formats import decode, encode
-from qcompile.core.qtensor import grid, scaled, unscaled
+from qcompile.core.qtensor import grid
+from qcompile.core.qtensor import rounded as on_grid
 from qcompile.core.scheme import Scheme
 from qcompile.core.stats import State, Stats
 
@@ -73,8 +73,7 @@ def joint_error(linears: Linears, rows: Tensor, truth: Sequence[Tensor], s: Tens
 
 def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
     """What rounding to nearest leaves of a weight (N, K), float32: ``dequantize(quantize(weight))`` without the packing."""
-    g = grid(weight, scheme)
-    return unscaled(decode(encode(scaled(weight, g), scheme.fmt), scheme.fmt), g)
+    return on_grid(weight, grid(weight, scheme))
 
 
 def rounded_input(x: Tensor, scheme: Scheme | None, stats: Stats | None = None, s: Tensor | float = 1.0) -> Tensor:
@@ -84,8 +83,7 @@ def rounded_input(x: Tensor, scheme: Scheme | None, stats: Stats | None = None, 
     ends = _ends(stats, scheme, s) if scheme.static and stats is not None else []
     seen = torch.cat([x, *(e[None].to(x) for e in ends)])
     dynamic = replace(scheme, static=False, layout="")
-    g = grid(seen, dynamic, scale_dtype=torch.float32)
-    return unscaled(decode(encode(scaled(seen, g), scheme.fmt), scheme.fmt), g)[: len(x)]
+    return on_grid(seen, grid(seen, dynamic, scale_dtype=torch.float32))[: len(x)]
 
 
 def _ends(stats: Stats, scheme: Scheme, s: Tensor | float) -> list[Tensor]:

@@ -22,8 +22,7 @@ class Balanced:
     """The links that were found in recorded graphs and applied; ``restore`` takes them back, exactly."""
 
     def __init__(self, model: nn.Module) -> None:
-        held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-        self._shared = {key for key, count in held.items() if count > 1}
+        self._shared = held_by_several(model)
         self.links: list[Link] = []
         self._done: list[tuple[Link, Tensor, dict[str, Tensor], Tensor | None]] = []
 
@@ -47,6 +46,12 @@ class Balanced:
     def forget(self) -> None:
         """Let the weights go: they stay as they are."""
         self._done.clear()
+
+
+def held_by_several(model: nn.Module) -> set[int]:
+    """ids of parameters that more than one module of a model holds."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    return {key for key, count in held.items() if count > 1}
 
 
 def _links(units: Sequence[Unit], shared: set[int]) -> tuple[dict[Link, Tensor | None], dict[str, Tensor]]:
@@ -76,8 +81,7 @@ def _alone(unit: Unit, site: Site) -> bool:
     """The site is to be equalized, has its 16-bit weight, and nothing else in the graph reads that."""
     if not equalized(unit.plan[site.name]) or site.stored is not None or site.view not in ("", "t"):
         return False
-    placeholder = next(n for n in unit.placeholders if "param" in n.meta and n.meta["param"].index == site.param.index)
-    front, readers = [placeholder], []
+    front, readers = [unit.placeholders[site.param.index]], []
     while front:
         for user in front.pop().users:
             if "site" in user.meta:

@@ -30,10 +30,10 @@ from qcompile.passes.infra import run
 from qcompile.passes.producers import place, shared
 from qcompile.passes.sites import Param, Site, view
 from qcompile.replay import Call, Unit
-from qcompile.sequence import Outcome, Run, Solved, found, solution_key
+from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
 from qcompile.solve import Member, from_statistics, needs_data
 from qcompile.statistics import Calibration
-from qcompile.weights import TABLE, fingerprint, owners
+from qcompile.weights import TABLE, owners
 
 KEPT: list[Unit] = []
 """Units whose calls were recorded, for sittings to come; those of dead models are dropped."""
@@ -182,7 +182,8 @@ def renamed(captured: fx.GraphModule, args: Sequence[Any], names: Mapping[int, t
     for node, value in zip(copy.graph.find_nodes(op="placeholder"), args):
         if "param" in node.meta and id(value) in names:
             owner, path, name = names[id(value)]
-            node.meta["param"] = Param(node.meta["param"].index, f"{path}.{name}".strip("."), type(owner).__name__)
+            kind = node.meta["param"].kind if "stored" in node.meta else type(owner).__name__
+            node.meta["param"] = Param(node.meta["param"].index, stored.plain(path, name), kind)
     return copy
 
 
@@ -239,11 +240,12 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
     """
     sites = {name: (gm.meta["sites"][name], c) for name, c in gm.meta["plan"].items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))}
     missing, note = [], "known from an earlier call"
+    names = owners() if any(site.stored for site, _ in sites.values()) else {}
     for site, choice in sites.values():
         record = TABLE.record(inputs[site.param.index], site.path)
         if solution_key(site, choice) not in record.solutions:
             if site.stored is not None:
-                owner = stored.of(inputs[site.param.index], owners())
+                owner = stored.of(inputs[site.param.index], names)
                 assert owner is not None
                 TABLE.solve(inputs[site.param.index], solution_key(site, choice), stored.live(owner), site.path)
             elif needs_data(choice):
@@ -279,7 +281,7 @@ def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibrat
             spot = place(gm, [s.name for s in sites])
             for member, solution in zip(members, from_statistics(members, seen, lambda v, spot=spot: shared(v, spot), str(calibration))):  # type: ignore[misc]
                 p = inputs[member.site.param.index]
-                solution.state = fingerprint(p)
+                keep_codes(solution, member.choice, p)
                 TABLE.solve(p, solution_key(member.site, member.choice), solution, member.site.path)
     return f"solved {len(names)} linears from {calibration}"
 

@@ -34,30 +34,23 @@ def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     if solution is not None and solution.live is not None:
         with compat.no_dispatch_modes():
             solution = solution.now()
-        return _like(slot, solution)
+        return _stored(slot, solution, p.device)
     w = view(torch.empty(p.shape, dtype=p.dtype, device=p.device), slot.view)
-    if slot.what == "weight":
-        return quantize(w, slot.scheme).flatten()
-    if slot.what == "range":
-        return [torch.empty(1, device=p.device) for _ in range(1 if slot.scheme.zero == "none" else 2)]
-    n, k = w.shape[-2:]
-    shape = {"smooth": (k,), "mask": (k,), "outliers": (slot.count,), "columns": (n, slot.count), "bias": (n,), "missed": (1,)}[slot.what]
-    dtype = {"outliers": torch.int64, "missed": torch.int64, "columns": p.dtype}.get(slot.what, torch.float32)
-    return [torch.empty(shape, dtype=dtype, device=p.device)]
+    return quantize(w, slot.scheme).flatten() if slot.what == "weight" else _beside(slot, w.shape, p.dtype, p.device)
 
 
-def _like(slot: Slot, solution: Solution) -> list[Tensor]:
-    """Shapes of what a stored solution gives."""
+def _stored(slot: Slot, solution: Solution, device: torch.device) -> list[Tensor]:
+    """Shapes of what a module that holds codes gives."""
     assert solution.q is not None
-    n, k = solution.q.shape[-2:]
     if slot.what == "weight":
-        real = solution.q.flatten()
-    elif slot.what == "range":
-        real = list(solution.range)
-    elif slot.what == "columns":
-        assert solution.columns is not None
-        real = [solution.columns]
-    else:
-        shape = {"smooth": (k,), "mask": (k,), "outliers": (slot.count,), "bias": (n,), "missed": (1,)}[slot.what]
-        return [torch.empty(shape, dtype=torch.int64 if slot.what in ("outliers", "missed") else torch.float32, device=solution.q.codes.device)]
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in real]
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in solution.q.flatten()]
+    return _beside(slot, solution.q.shape, solution.columns.dtype if solution.columns is not None else torch.float32, device)
+
+
+def _beside(slot: Slot, weight: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What a slot other than the weight holds, for a weight of shape (..., N, K) whose outlier columns have ``dtype``."""
+    n, k = weight[-2:]
+    shape = {"range": (1,), "smooth": (k,), "mask": (k,), "outliers": (slot.count,), "columns": (n, slot.count), "bias": (n,), "missed": (1,)}[slot.what]
+    kind = {"outliers": torch.int64, "missed": torch.int64, "columns": dtype}.get(slot.what, torch.float32)
+    parts = 2 if slot.what == "range" and slot.scheme.zero != "none" else 1
+    return [torch.empty(shape, dtype=kind, device=device) for _ in range(parts)]

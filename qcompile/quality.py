@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.replay import Unit
+from qcompile.sqnr import level
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Quality:
         """SQNR of all outputs."""
         if not self.signal or not self.finite:
             return None
-        return float("inf") if self.noise == 0 else 10 * float(torch.tensor(self.signal / self.noise, dtype=torch.float64).log10())
+        return level(self.signal, self.noise)
 
     @property
     def kl(self) -> float | None:

@@ -8,19 +8,19 @@ import pathlib
 import re
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.balance import Balanced
+from qcompile.balance import Balanced, held_by_several
 from qcompile.calibrate import KEPT, Session, call
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import QTensor
 from qcompile.core.qtensor import quantize as round_to_nearest
 from qcompile.core.recipe import Choice, Recipe
+from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
 from qcompile.options import Options
 from qcompile.passes.sites import Site, view
@@ -88,7 +88,8 @@ def quantize(
 def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> Iterable[Any]:
     if data is not None:
         return data
-    if options.recipe.static or any(needs_data(Choice(_any(), None, "", (m,))) for m in options.recipe.methods if m.name != "equalize"):
+    methods = tuple(m for m in options.recipe.methods if m.name != "equalize")
+    if options.recipe.static or needs_data(Choice(Scheme.parse("int8.row"), methods=methods)):  # methods need data whatever the scheme
         raise CalibrationError(f"recipe {options.recipe.name} needs data: quantize(model, {options.recipe.name!r}, batches)")
     dummy = getattr(model, "dummy_inputs", None)
     if dummy is None:
@@ -96,22 +97,16 @@ def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> 
     return [dummy]
 
 
-def _any() -> Any:
-    from qcompile.core.scheme import Scheme
-
-    return Scheme.parse("int8.row")
-
-
 def _install(model: nn.Module, units: Sequence[Unit]) -> None:
     """Parametrize every weight that was solved and that nothing but its linear reads."""
     names, done = owners(), set()
     kept: dict[int, str] = {}
-    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    several = held_by_several(model)
     todo = [(unit.sites[name], choice, weakref.ref(unit.parameter(unit.sites[name]))) for unit in units for name, choice in unit.plan.items() if _solved(unit, name)]
     for unit in units:  # several graphs may read one weight: all are asked
         for site in (unit.sites[name] for name in unit.plan if _solved(unit, name)):
             p = unit.parameter(site)
-            if reason := "another module holds it, too" if held[id(p)] > 1 else _unfit(unit, site):
+            if reason := "another module holds it, too" if id(p) in several else _unfit(unit, site):
                 kept.setdefault(id(p), f"{site.path} ({reason})")
     for site, choice, ref in todo:
         parameter = ref()
@@ -142,8 +137,7 @@ def _unfit(unit: Unit, site: Site) -> str:
         return f"it is read as {site.view!r}"
     if sum(s.param.index == site.param.index for s in unit.sites.values()) > 1 and not _alike(unit, site):
         return "several linears read it"
-    placeholder = next(n for n in unit.placeholders if "param" in n.meta and n.meta["param"].index == site.param.index)
-    front = list(placeholder.users)
+    front = list(unit.placeholders[site.param.index].users)
     while front:
         node = front.pop()
         if "site" in node.meta:
@@ -182,7 +176,7 @@ class _Folder:
             return
         tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
         tensors |= {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
-        about = {"key": choice.key, "weight": repr(fingerprint(p)), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
+        about = {"key": choice.key, "weight": repr(solution.state or fingerprint(p)), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
         part = self._file(site).with_suffix(".part")
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, str(part), metadata={"qcompile": json.dumps(about)})
         part.replace(self._file(site))
@@ -196,14 +190,15 @@ class _Folder:
         with safe_open(str(self._file(site)), "pt") as file:
             about = json.loads(file.metadata()["qcompile"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if about["key"] != choice.key or about["weight"] != repr(fingerprint(p)):
+        state = fingerprint(p)
+        if about["key"] != choice.key or about["weight"] != repr(state):
             return None
         packed = [tensors[f"q{i}"] for i in range(sum(key[0] == "q" and key[1:].isdigit() for key in tensors))]
         q = QTensor.unflatten(packed, choice.weight, about["k"]) if packed else None
         ranges = tuple(tensors[f"range{i}"] for i in range(sum(key.startswith("range") for key in tensors)))
         smooth, outliers, bias = (tensors.get(name) for name in ("smooth", "outliers", "bias"))
         solution = Solution(smooth, outliers, bias, range=ranges, q=q, heads=about["heads"], tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]))
-        solution.state = fingerprint(p) if about["solved"] else ()
+        solution.state = state if about["solved"] else ()
         return solution.to(p.device)
 
 

@@ -93,16 +93,12 @@ def _across(seen: Observed) -> Observed:
         return seen
     device = next((t.device for state in seen.stats.values() for t in state.values()), torch.device("cpu"))
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _moved(seen, torch.device("cpu")))
+    dist.all_gather_object(gathered, seen.to("cpu"))
     whole: Observed = gathered[0]
     for other in gathered[1:]:
         parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
         whole = Observed(merge_all(whole.stats, other.stats), whole.tokens + other.tokens, parts)
-    return _moved(whole, device)
-
-
-def _moved(seen: Observed, device: torch.device) -> Observed:
-    return Observed({n: {k: t.to(device) for k, t in s.items()} for n, s in seen.stats.items()}, seen.tokens, [_moved(e, device) for e in seen.experts])
+    return whole.to(device)
 
 
 class Run:
@@ -208,14 +204,11 @@ class Run:
             self._say(member, solution, (time.perf_counter() - start) / len(members), spread(rows, solution, member.choice) if rows.numel() else None)
 
     def _settle(self, unit: Unit, member: Member, solution: Solution) -> None:
-        """Keep solved codes, with the value that they are of; codes that rounding to nearest gives again are not worth their memory."""
-        if any(m.name in SOLVERS for m in member.choice.methods):
-            solution.state = fingerprint(unit.parameter(member.site))
-        else:
-            solution.q = None
+        """Codes as they are kept; offline they wait in host memory until they take the weight's place."""
+        p = unit.parameter(member.site)
+        keep_codes(solution, member.choice, p)
         if self.folder is not None:
-            self.folder.save(member.site, member.choice, solution, unit.parameter(member.site))
-        if self.folder is not None and solution.q is not None:  # offline, codes wait in host memory until they take the weight's place
+            self.folder.save(member.site, member.choice, solution, p)
             solution.q = solution.to(torch.device("cpu")).q
 
     def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
@@ -227,9 +220,8 @@ class Run:
     def _watch(self, stage: Sequence[tuple[Unit, Group]], names: Sequence[str], watch: Watch) -> Watch:
         """Take statistics of a group's input in all units that have it."""
         for unit, group in stage:
-            node = next(n for n in unit.nodes if n.meta.get("site") in group.names)
 
-            def see(env: Env, unit: Unit = unit, node: fx.Node = node) -> None:
+            def see(env: Env, unit: Unit = unit, node: fx.Node = unit.nodes[group.position]) -> None:
                 watch.take(*rows_of(unit, node, env), names[0])
 
             advance(unit, group, self.product, see, self.budget, self.tick)
@@ -253,7 +245,7 @@ class Run:
         solution = self.folder.load(member.site, member.choice, unit.parameter(member.site)) if self.folder is not None else None
         if solution is None:
             return False
-        TABLE.solve(unit.parameter(member.site), solution_key(member.site, member.choice), solution, member.site.path)
+        self._keep(unit, member, solution)
         self._say(member, solution, 0.0)
         return True
 
@@ -320,6 +312,14 @@ def use(site: str) -> str:
 def solution_key(site: Site, choice: Choice) -> tuple[str, str, str]:
     """Key of a site's solution in the record of its parameter."""
     return site.view, use(site.name), choice.key
+
+
+def keep_codes(solution: Solution, choice: Choice, p: Tensor) -> None:
+    """Solved codes stay, with the value that they are of; codes that rounding to nearest gives again are not worth their memory."""
+    if any(m.name in SOLVERS for m in choice.methods):
+        solution.state = fingerprint(p)
+    else:
+        solution.q = None
 
 
 def found(choice: Choice, solution: Solution) -> Choice:

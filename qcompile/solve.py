@@ -16,6 +16,7 @@ from qcompile.core.errors import CalibrationError, OptionError, unknown
 from qcompile.core.qtensor import QTensor, dequantize, quantize, split_rows
 from qcompile.core.ranges import NEEDS, needed, static_range
 from qcompile.core.recipe import Choice, Method
+from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
 from qcompile.core.stats import Stats, rescale_all
 from qcompile.kernels.quantize import reference as quantize_input
@@ -24,6 +25,7 @@ from qcompile.passes import SOLVERS, TRANSFORMS, bias, outliers
 from qcompile.passes.gptq import stackable
 from qcompile.passes.method import Linears
 from qcompile.passes.sites import Site
+from qcompile.sqnr import level
 
 SETTINGS = {"equalize": (), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
 """Steps of a recipe that are neither a transform nor a solver, and their arguments."""
@@ -49,6 +51,10 @@ class Observed:
     def rescaled(self, s: Tensor) -> Observed:
         """Of ``x / s``; what cannot be known is left out."""
         return Observed(rescale_all(self.stats, s), self.tokens, [e.rescaled(s) for e in self.experts])
+
+    def to(self, device: torch.device | str) -> Observed:
+        """The same on another device."""
+        return Observed({n: {k: t.to(device) for k, t in s.items()} for n, s in self.stats.items()}, self.tokens, [e.to(device) for e in self.experts])
 
 
 def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
@@ -204,7 +210,7 @@ def _matrices(members: Sequence[Member], s: Tensor) -> list[Tensor]:
     return [w.float() * s for m in members for w in (m.weight if m.weight.dim() == 3 else [m.weight])]
 
 
-def _schemes(members: Sequence[Member]) -> list:  # type: ignore[type-arg]
+def _schemes(members: Sequence[Member]) -> list[Scheme]:
     return [m.choice.weight for m in members for _ in range(m.weight.shape[0] if m.weight.dim() == 3 else 1)]
 
 
@@ -228,9 +234,7 @@ class Product:
         x = s.divided(x)
         extra: Tensor | None = None
         if (how := outliers.dynamic(self.choice)) is not None and self.whole is not None and x.numel() and self.dense.dim() == 2:
-            peak = x.abs().reshape(-1, x.shape[-1]).amax(0)
-            index = peak.topk(min(how.columns, x.shape[-1])).indices
-            index = index[peak[index] >= how.threshold]
+            index = outliers.chosen(x.abs().reshape(-1, x.shape[-1]).amax(0), how)
             extra = x[..., index] @ self.whole[:, index].T
             x = x.index_fill(-1, index, 0)
         elif self.kept is not None and s.outliers is not None:
@@ -247,15 +251,14 @@ class Product:
 def decibels(exact: Tensor, y: Tensor) -> float | None:
     """Signal to quantization noise of an output, in dB; None where there is no signal, infinite where there is no noise."""
     signal, noise = (float(t.double().square().sum()) for t in (exact, y.double() - exact.double()))
-    return None if signal == 0 else float("inf") if noise == 0 else 10 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+    return None if signal == 0 else level(signal, noise)
 
 
 def spread(rows: Tensor, solution: Solution, choice: Choice) -> float | None:
     """The largest channel's absolute maximum over the median channel's, of an input (T, K) as the quantized product reads it: smoothed, less its outlier columns. None where it is zero."""
     peak = solution.divided(rows).abs().amax(0)
     if (how := outliers.dynamic(choice)) is not None:
-        index = peak.topk(min(how.columns, peak.numel())).indices
-        peak[index[peak[index] >= how.threshold]] = 0
+        peak[outliers.chosen(peak, how)] = 0
     elif solution.outliers is not None:
         peak[solution.outliers] = 0
     peak = peak[peak > 0]

@@ -23,4 +23,9 @@ def ratio(signal: float, noise: float) -> float | None:
     pair = torch.tensor([signal, noise], dtype=torch.float64)
     if not bool(torch.isfinite(pair).all()) or signal == 0:
         return None
-    return EXACT_DB if noise == 0 else min(EXACT_DB, float(10 * torch.log10(pair[0] / pair[1])))
+    return min(EXACT_DB, level(signal, noise))
+
+
+def level(signal: float, noise: float) -> float:
+    """Energies in dB, ``signal`` positive; infinite where there is no noise."""
+    return 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10()) if noise else float("inf")

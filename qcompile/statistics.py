@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from qcompile.core.errors import CalibrationError
+from qcompile.core.recipe import Choice
 from qcompile.core.stats import STATISTICS, Stats, from_tensors, to_tensors
 from qcompile.passes.sites import Site
 from qcompile.replay import Call, Group, Unit, as_recorded, rows_of
@@ -34,7 +35,7 @@ class Calibration:
 
     def statistics(self, *names: str) -> dict[str, Observed]:
         """Statistics by site: those that are always taken, those that the recipe needs, and ``names``. Taken on the recorded calls, in as many replays as the memory allows."""
-        wanted = dict.fromkeys((*ALWAYS, *names, *(n for u in self._units for c in u.plan.values() if hasattr(c, "methods") for n in (*first_needs(c), *then_needs(c)))))
+        wanted = dict.fromkeys((*ALWAYS, *names, *(n for u in self._units for c in u.plan.values() if isinstance(c, Choice) for n in (*first_needs(c), *then_needs(c)))))
         if self._units and any(set(wanted) - set(s.stats) for s in self._seen.values() or [Observed({}, 0)]):
             self._seen = collect(self._units, tuple(wanted), self._budget)
         return self._seen
@@ -48,7 +49,7 @@ class Calibration:
         width = next((t["absmax"].shape[0] for n, t in one.stats.items() if n == "absmax"), site.k)
         if width != site.k:
             raise CalibrationError(f"{self} is of another model: {site.path} has {site.k} input channels, there it has {width}")
-        return Observed({n: {k: t.to(device) for k, t in s.items()} for n, s in one.stats.items()}, one.tokens)
+        return one.to(device)
 
     def save(self, path: str | os.PathLike[str], *names: str) -> None:
         """Write statistics to one safetensors file; ``names`` adds to those that the recipe needs (``"hessian"``, ``"samples"``)."""
@@ -106,20 +107,20 @@ def collect(units: Sequence[Unit], names: Sequence[str], budget: int) -> dict[st
         size += mine
     seen: dict[str, Observed] = {}
     for chunk in chunks:
-        watches = {i: Watch(names, order[i][0][0].sites[order[i][0][1].names[0]].k, 1, _device(order[i][0][0], order[i][0][1]), ()) for i in chunk}
+        watches = {i: _watch(names, *order[i][0]) for i in chunk}
         for unit in units:
             points = sorted(((group, watches[i]) for i in chunk for u, group in order[i] if u is unit), key=lambda p: p[0].position)
             for one in unit.calls:
                 _observe(unit, one, points)
         for i, watch in watches.items():
-            merged = watch.merged()
-            for _unit, group in order[i]:
-                seen |= {name: Observed({n: {k: t.cpu() for k, t in s.items()} for n, s in merged.stats.items()}, merged.tokens) for name in group.names}
+            merged = watch.merged().to("cpu")
+            seen |= {name: merged for _, group in order[i] for name in group.names}
     return seen
 
 
-def _device(unit: Unit, group: Group) -> torch.device:
-    return unit.parameter(unit.sites[group.names[0]]).device
+def _watch(names: Sequence[str], unit: Unit, group: Group) -> Watch:
+    site = unit.sites[group.names[0]]
+    return Watch(names, site.k, 1, unit.parameter(site).device, ())
 
 
 def _observe(unit: Unit, call: Call, points: Sequence[tuple[Group, Watch]]) -> None:
@@ -128,8 +129,7 @@ def _observe(unit: Unit, call: Call, points: Sequence[tuple[Group, Watch]]) -> N
         for group, watch in points:
             unit.run(env, at, group.position, None)
             at = group.position
-            node = next(n for n in unit.nodes if n.meta.get("site") in group.names)
-            watch.take(rows_of(unit, node, env)[0], None, group.names[0])
+            watch.take(rows_of(unit, unit.nodes[at], env)[0], None, group.names[0])
 
 
 __all__ = ["Calibration", "Stats", "collect"]

@@ -153,12 +153,11 @@ class WeightTable:
             if p.is_meta:
                 raise WeightError(f"parameter {path} is on the meta device: load its values before the first call")
             state, source = state_of(p), p.untyped_storage()  # before the values are read: a change meanwhile is seen on the next call
-            solution = record.solutions.get(key) if key else None
-            solution = solution.now() if solution is not None else None
-            stored = solution is not None and solution.live is None and key is not None and record.solutions[key].live is not None
+            kept = record.solutions.get(key) if key else None
+            solution = kept.now() if kept is not None else None
             w = view(p.detach(), how)
             k = int(w.shape[-1])
-            if stored and what == "weight":
+            if what == "weight" and kept is not None and kept.live is not None:  # the module holds the codes themselves
                 assert solution is not None and solution.q is not None
                 fresh, k = solution.q.flatten(), solution.q.k
             elif what == "columns":
@@ -170,7 +169,7 @@ class WeightTable:
             if entry is not None:
                 GENERATION[0] += 1
                 if [(t.shape, t.dtype, t.device) for t in entry.tensors] == [(t.shape, t.dtype, t.device) for t in fresh]:
-                    _keep_apart(record.solutions.get(key) if key else None, entry.tensors, fresh)
+                    _keep_apart(kept, entry.tensors, fresh)
                     for old, new in zip(entry.tensors, fresh):
                         old.copy_(new)
                     fresh = entry.tensors
@@ -250,18 +249,18 @@ def _keep_apart(solution: Solution | None, old: Sequence[Tensor], new: Sequence[
 
 
 def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:
-    """What a slot beside the weight reads: see ``passes/slots.py``."""
+    """What a slot beside the weight reads (see ``passes/slots.py``): float32 or indices, also where the vectors that a module holds were cast with it."""
     device = p.device
     if what == "missed":
         return [torch.zeros(1, dtype=torch.int64, device=device)]
     if what == "range":
-        return [t.to(device) for t in solution.range]
+        return [t.to(device, torch.float32) for t in solution.range]
     if what == "smooth":
         assert solution.smooth is not None
-        return [solution.smooth.to(device).reciprocal()]
+        return [solution.smooth.to(device, torch.float32).reciprocal()]
     if what == "bias":
         assert solution.bias is not None
-        return [solution.bias.to(device)]
+        return [solution.bias.to(device, torch.float32)]
     assert solution.outliers is not None
     if what == "outliers":
         return [solution.outliers.to(device)]

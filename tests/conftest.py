@@ -26,3 +26,14 @@ def fresh_dynamo():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Graphs that the backend builds, variants included."""
+    from qcompile.backend import CompiledGraph
+
+    made = []
+    real = CompiledGraph._build
+    monkeypatch.setattr(CompiledGraph, "_build", lambda self, inputs: (made.append(self), real(self, inputs))[1])
+    return made

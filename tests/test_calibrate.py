@@ -17,7 +17,6 @@ from small import ROOT, Net, Stack, close, graphs, rounded, said
 from tiny_models import tiny
 from torch import nn
 
-from qcompile.backend import CompiledGraph
 from qcompile.calibrate import KEPT, calibrate, session
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import dequantize
@@ -26,15 +25,6 @@ from qcompile.statistics import Calibration
 from qcompile.weights import TABLE
 
 XS = [rows(40, 32, seed=i) for i in range(4)]
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """Graphs that were built."""
-    made = []
-    real = CompiledGraph._build
-    monkeypatch.setattr(CompiledGraph, "_build", lambda self, inputs: (made.append(self), real(self, inputs))[1])
-    return made
 
 
 def sit(fast, xs=XS, **given):

@@ -8,17 +8,7 @@ from small import W8, Net, Stack, close, graphs, rounded, said
 from torch import nn
 
 import qcompile
-from qcompile.backend import CompiledGraph
 from qcompile.memory import is_released
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """Graphs that were built, variants included."""
-    made = []
-    real = CompiledGraph._build
-    monkeypatch.setattr(CompiledGraph, "_build", lambda self, inputs: (made.append(self), real(self, inputs))[1])
-    return made
 
 
 def regional(model, layers, dynamic=None, **options):

@@ -255,6 +255,11 @@ def unscaled(y: Tensor, g: Grid) -> Tensor:
     return y * s - z if g.scheme.zero == "min" else (y - z) * s
 
 
+def rounded(x: Tensor, g: Grid) -> Tensor:
+    """``x`` rounded to nearest on a grid, float32: what ``dequantize`` gives of its codes, without the packing."""
+    return unscaled(decode(encode(scaled(x, g), g.scheme.fmt), g.scheme.fmt), g)
+
+
 def from_codes(codes: Tensor, g: Grid) -> QTensor:
     """``codes`` (..., N, K) as ``encode`` gives them, on a grid."""
     return QTensor(pack(codes.contiguous(), g.scheme), g.scale, g.zero, g.scheme, g.shape[-1])
