@@ -31,3 +31,36 @@ COLD_GOAL = 1.5
 """Compiling with empty caches, as a multiple of plain Inductor's."""
 WARM_GOAL = 2.0
 """Seconds beyond plain Inductor's, in a second process with the same caches."""
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """One recipe on a bfloat16 `nn.Linear` of a GPU. `goal`: microseconds on an H200 by number of rows, quantization of the input included; `peer`: the best of other libraries there."""
+
+    recipe: str
+    goal: tuple[tuple[int, float], ...]
+    peer: tuple[tuple[int, float], ...]
+    bits: float
+    """Bits of a weight: what a product with few rows must read."""
+    weight: str | None = None
+
+
+ROWS = (1, 16, 64, 256, 4096)
+
+
+def _by_rows(*us: float) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(ROWS, us))
+
+
+GPU_CASES = (
+    GpuCase("W4A8", _by_rows(9.5, 11, 14, 30, 460), _by_rows(22, 57, 52, 158, 2223), 4.125),
+    GpuCase("W4A16", _by_rows(10, 13, 18, 46, 670), _by_rows(22, 57, 52, 158, 2223), 4.125),
+    GpuCase("W8A8", _by_rows(16, 16.5, 18, 28, 430), _by_rows(17.8, 20.8, 21.8, 43.9, 525), 8.0),
+    GpuCase("FP8", _by_rows(16, 16.5, 18, 26, 320), _by_rows(17.4, 24.2, 21.5, 30.1, 323), 8.0),
+    GpuCase("W8A16", _by_rows(16, 17, 22, 46, 670), _by_rows(19.3, 28.5, 50.6, 147, 1901), 8.0),
+    GpuCase("NF4", _by_rows(12, 16, 22, 50, 680), _by_rows(30.4, 69, 108, 119, 696), 4.125, "nf4.g64/int8.row"),
+)
+SHAPE = (14336, 4096)
+"""N, K of the table."""
+GPU_SHAPES = ((4096, 14336), (6144, 4096), (28672, 4096), (128256, 4096))
+"""The others, at one and sixteen rows."""

@@ -1,4 +1,4 @@
-"""Speed, overhead and compile time on this machine's CPU: checks first, times second. `python benchmarks/run.py cpu [--quick] [--json PATH]`.
+"""Speed, overhead and compile time on this machine's CPU: checks first, times second. `python benchmarks/run.py cpu [--quick] [--json PATH]`. For a GPU, `run.py gpu`: see `gpu.py`.
 
 linear    one nn.Linear through torch.compile(backend="qcompile") against the same one by plain Inductor in fp32, both in turns; medians, ratios of medians
 overhead  what a call costs outside of kernels: a small transformer with every linear ignored against plain Inductor, and the weight table's check alone
@@ -228,12 +228,21 @@ def wrong(report: Mapping[str, Any]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("device", choices=("cpu",))
-    cli.add_argument("--json", type=Path, default=RESULTS)
+    cli.add_argument("device", choices=("cpu", "gpu"))
+    cli.add_argument("--json", type=Path, help="where results go; by default into benchmarks/results")
     cli.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     cli.add_argument("--repeats", type=int, default=3, help="pairs of processes for the compile time")
-    cli.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="the others' results are kept as they are in the file")
+    cli.add_argument("--parts", nargs="*", help="some of what the device has; on the CPU the others' results are kept as they are in the file")
+    cli.add_argument("--case", nargs="*", default=(), help="recipes, on a GPU")
+    cli.add_argument("--seconds", type=float, default=1e9, help="start nothing new after so long, on a GPU")
     given = cli.parse_args(arguments)
+    if given.device == "gpu":
+        import gpu
+
+        return 1 if gpu.measure(given.parts or gpu.PARTS, given.case, given.json, given.seconds) else 0
+    given.parts, given.json = tuple(given.parts or PARTS), given.json or RESULTS
+    if unknown := set(given.parts) - set(PARTS):
+        cli.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     before = json.loads(given.json.read_text()) if given.json.exists() and set(given.parts) != set(PARTS) else {}
     report = {**before, **measure(given.quick, given.parts, given.repeats)}
     given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.scheme import Scheme
 
-from . import linear, scaled_linear
+from . import linear, scaled_linear, tiles
 from .cpu import ops as cpu
 from .op import Case, Kernel, Op, target
 
@@ -139,11 +139,11 @@ def row_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, i
 
 
 def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Any:
-    dot = "" if c.input is not None else compat.triton_dtype(c.dtype)
+    dot = "" if c.input is not None else tiles.triton_dtype(c.dtype)
     body = linear.loop(c.weight, c.n, c.k, dot) if c.input is None else scaled_linear.loop(c.input, c.weight, c.n, c.k)
     zero = '    Z = Z + expert.to(tl.int64) * {{stride("Z", 0)}}\n' if c.weight.zero != "none" else ""
     header = (BEGIN + (BY_ROW if by_row else SORTED)).rstrip("\n") + COMMON + zero
-    name = compat.template_name("grouped", "row" if by_row else "sorted", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
+    name = tiles.template_name("grouped", "row" if by_row else "sorted", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
     rows = 16 if by_row or c.m is None or c.m <= 8 * c.experts else 64
     config = {"BLOCK_M": rows, "BLOCK_N": 64, "EXPERTS": c.experts, "EXPERTS_2": 1 << c.experts.bit_length(), "num_warps": 4, "num_stages": 3}
     inputs = [x, *weight, *x_scale[:1], index]

@@ -1,6 +1,7 @@
 """``linear(x, weight, scheme)``: 16- or 32-bit activations times a quantized weight; ``y = x @ dequantize(weight).T`` in float32.
 
 On a GPU one template unpacks, decodes and scales the weight in registers; what follows (bias, activation, residual, the next layer's static quantization) fuses into its store.
+With many rows the weight is dequantized once into the dtype of the activations, and the library's GEMM multiplies them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from qcompile.core.layouts import BLOCK
 from qcompile.core.qtensor import QTensor, dequantize, value
 from qcompile.core.scheme import Scheme
 
-from . import tiles
+from . import stream, tiles, tuned
 from .cpu import ops as cpu
-from .op import Case, Kernel, Op, target, two_dimensional
+from .op import LARGE, Case, Kernel, Op, rows_of, target, two_dimensional
 
 
 def reference(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
@@ -34,8 +35,8 @@ def fake(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
 
 def case(x: Any, weight: Sequence[Any], scheme: str) -> Case:
     """The case of one call; tensors and IR nodes alike."""
-    shape = compat.sizes(x)
-    return Case(compat.device_of(x), x.dtype, Scheme.parse(scheme), None, int(compat.sizes(weight[0])[-2]), int(shape[-1]), compat.static_int(shape[0]))
+    shape, device = compat.sizes(x), compat.device_of(x)
+    return Case(device, x.dtype, Scheme.parse(scheme), None, int(compat.sizes(weight[0])[-2]), int(shape[-1]), rows_of(shape[0], device))
 
 
 def simplify(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Any:
@@ -43,7 +44,7 @@ def simplify(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Any:
     s = Scheme.parse(scheme)
     if x.dim() != 2:
         return target("linear")(two_dimensional(x), list(weight), scheme).reshape(*x.shape[:-1], weight[0].shape[-2])
-    if s.scale is not None:
+    if s.scale is not None and not stream.takes_scales(case(x, weight, scheme)):
         return target("linear")(x, flat_scales(weight, s, x.shape[-1]), str(unnested(s)))
     return NotImplemented
 
@@ -105,9 +106,25 @@ def blocks(m: int | None, scheme: Scheme, k: int) -> dict[str, int]:
 
 
 def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
-    dot = compat.triton_dtype(c.dtype)
-    name = compat.template_name("linear", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
+    dot = tiles.triton_dtype(c.dtype)
+    name = tiles.template_name("linear", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
     return compat.lower_template(name, lambda: loop(c.weight, c.n, c.k, dot).kernel(tiles.HEADER, tiles.FOOTER), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.weight, c.k)])
+
+
+def _stream_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
+    return stream.lower(c, "linear", [x, *weight], scheme, tiles.triton_dtype(c.dtype), tuned.config(c))
+
+
+def _many_rows(c: Case) -> Skip | None:
+    if c.dtype.itemsize != 2 or c.m is None or c.m < LARGE:
+        return Skip(f"fewer than {LARGE} rows of 16 bits")
+    return gpu_supports(c)
+
+
+def dequantized(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
+    """The weight in the dtype of x, once, and the library's product."""
+    w = dequantize(QTensor.unflatten(weight, Scheme.parse(scheme), x.shape[-1]), x.dtype)
+    return torch.mm(x, w.t()).float()
 
 
 def _cpu_supports(c: Case) -> Skip | None:
@@ -126,6 +143,11 @@ OP = Op(
     reference,
     fake,
     case,
-    (Kernel("triton linear", "cuda", gpu_supports, _gpu_lower), Kernel("c++ table", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake))),
+    (
+        Kernel("dequantize + cuBLAS", "cuda", _many_rows, None, dequantized),
+        Kernel("triton stream", "cuda", stream.supports, _stream_lower),
+        Kernel("triton linear", "cuda", gpu_supports, _gpu_lower),
+        Kernel("c++ table", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake)),
+    ),
     simplify,
 )

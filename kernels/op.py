@@ -25,7 +25,7 @@ NAMESPACE = "qcompile"
 
 @dataclass(frozen=True)
 class Case:
-    """What decides which kernel runs: device, dtype of the activations, schemes, and sizes (``m`` None where dynamic; ``experts`` above 1 for stacked weights)."""
+    """What decides which kernel runs: device, dtype of the activations, schemes, and sizes (``m`` None where dynamic, on a GPU the largest of its regime; ``experts`` above 1 for stacked weights)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -50,7 +50,9 @@ class Kernel:
     name: str
     device: str
     supports: Callable[[Case], Skip | None]
-    lower: Callable[..., Any]
+    lower: Callable[..., Any] | None
+    trace: Callable[..., Any] | None = None
+    """Torch ops that AOTAutograd traces in the op's place, where the kernel is a library's; ``lower`` is None then."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class Op:
         """What AOTAutograd traces in the op's place; NotImplemented keeps the op for its lowering."""
         if self.simplify is not None and (out := self.simplify(*args)) is not NotImplemented:
             return out
-        if self.case is not None and self.choose(self.case(*args))[0] is not None:
-            return NotImplemented
+        kernel = self.choose(self.case(*args))[0] if self.case is not None else None
+        if kernel is not None:
+            return kernel.trace(*args) if kernel.trace is not None else NotImplemented
         return self.reference(*args)
 
 
@@ -125,9 +128,22 @@ def _lower(op: Op, *args: Any) -> Any:
     assert op.case is not None
     case = op.case(*args)
     kernel, reason = op.choose(case)
-    if kernel is None:  # decompose() keeps an op only where a kernel supports it
+    if kernel is None or kernel.lower is None:  # decompose() keeps an op only where a kernel supports it
         raise AssertionError(f"{op.name} reached Inductor without a kernel: {reason}")
     return kernel.lower(case, *args)
+
+
+FEW, LARGE = 64, 1024
+"""Rows of activations: up to FEW a product is bound by reading the weight, from LARGE on by arithmetic. A dynamic number of rows is compiled for one of the three regimes, so that a growing
+batch is compiled three times at most."""
+
+
+def rows_of(size: Any, device: torch.device) -> int | None:
+    """``Case.m`` of a size: itself where it is static. On a GPU the regime of a dynamic one is asked (and guarded), and stands for it."""
+    known = compat.static_int(size)
+    if known is not None or device.type != "cuda":
+        return known
+    return FEW if compat.at_most(size, FEW) else 256 if compat.at_most(size, LARGE - 1) else 4096
 
 
 def two_dimensional(x: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from qcompile.core.layouts import BLOCK
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.scheme import GROUPS, Scheme
 
-from . import tiles
+from . import stream, tiles, tuned
 from .cpu import ops as cpu
 from .linear import blocks, flat_scales, unnested
-from .op import Case, Kernel, Op, target, two_dimensional
+from .op import LARGE, Case, Kernel, Op, rows_of, target, two_dimensional
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -66,8 +66,8 @@ def fake(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme:
 def case(x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Case:
     """The case of one call; tensors and IR nodes alike."""
     sx, sw = parse(scheme)
-    shape = compat.sizes(x)
-    return Case(compat.device_of(x), x.dtype, sw, sx, int(compat.sizes(weight[0])[-2]), int(shape[-1]), compat.static_int(shape[0]))
+    shape, device = compat.sizes(x), compat.device_of(x)
+    return Case(device, x.dtype, sw, sx, int(compat.sizes(weight[0])[-2]), int(shape[-1]), rows_of(shape[0], device))
 
 
 def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str) -> Any:
@@ -76,7 +76,7 @@ def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], sch
     if x.dim() != 2:
         scales = [two_dimensional(s) if s.dim() == x.dim() else s for s in x_scale]
         return target("scaled_linear")(two_dimensional(x), scales, list(weight), scheme).reshape(*x.shape[:-1], weight[0].shape[-2])
-    if sw.scale is not None:
+    if sw.scale is not None and not stream.takes_scales(case(x, x_scale, weight, scheme)):
         return target("scaled_linear")(x, list(x_scale), flat_scales(weight, sw, x.shape[-1]), spell(sx, unnested(sw)))
     return NotImplemented
 
@@ -134,9 +134,28 @@ def loop(x: Scheme, w: Scheme, n: int, k: int) -> tiles.Loop:
 def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:
     assert c.input is not None
     sx, sw = c.input, c.weight
-    name = compat.template_name("scaled_linear", scheme, c.n if sw.group[0] != 1 else 0, c.k)
+    name = tiles.template_name("scaled_linear", scheme, c.n if sw.group[0] != 1 else 0, c.k)
     source = lambda: loop(sx, sw, c.n, c.k).kernel(tiles.HEADER, tiles.FOOTER)  # noqa: E731
     return compat.lower_template(name, source, [x, *weight, x_scale[0]], (compat.sizes(x)[0], c.n), [blocks(c.m, sw, c.k)])
+
+
+def _many_rows(c: Case) -> Skip | None:
+    """Where ``passes/library`` puts cuBLAS in the op's place, once it sees that bfloat16 is wanted; else the op is streamed."""
+    assert c.input is not None
+    whole = c.weight.scale is None and c.input.group == c.weight.group and c.input.group in GROUPS.values()
+    if c.m is None or c.m < LARGE or not whole or {c.input.fmt.name, c.weight.fmt.name} != {"e4m3"} or c.n % 16 or c.k % 16:
+        return Skip(f"not {LARGE} or more rows of E4M3")
+    return gpu_supports(c)
+
+
+def _stream_supports(c: Case) -> Skip | None:
+    return gpu_supports(c) or stream.supports(c)
+
+
+def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:
+    assert c.input is not None
+    dot = "tl.int8" if c.input.fmt.kind == "int" else "fp8"
+    return stream.lower(c, "scaled_linear", [x, *weight, x_scale[0]], scheme, dot, tuned.config(c))
 
 
 def _cpu_supports(c: Case) -> Skip | None:
@@ -157,6 +176,8 @@ OP = Op(
     fake,
     case,
     (
+        Kernel("cuBLAS FP8", "cuda", _many_rows, _stream_lower),
+        Kernel("triton stream", "cuda", _stream_supports, _stream_lower),
         Kernel("triton scaled", "cuda", gpu_supports, _gpu_lower),
         Kernel("c++ int8", "cpu", _cpu_supports, cpu.define("scaled_linear", SCHEMA, cpu_scaled_linear, fake)),
     ),

@@ -7,8 +7,11 @@ A weight tile covers BLOCK_N rows (``rn``, taken modulo N) and 64 columns (``kk`
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from textwrap import indent
+
+import torch
 
 from qcompile.core.formats import Format
 from qcompile.core.layouts import BLOCK, planes
@@ -16,6 +19,17 @@ from qcompile.core.scheme import Scheme
 
 SUB = 64
 """Columns of one sub-tile: what one ``tl.dot`` consumes."""
+TRITON_DTYPES = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.int8: "tl.int8"}
+
+
+def triton_dtype(dtype: torch.dtype) -> str:
+    """Spelling of a dtype in Triton source."""
+    return TRITON_DTYPES[dtype]
+
+
+def template_name(*parts: object) -> str:
+    """An identifier for a template made from its parameters; it shows in profiles and in generated code."""
+    return "qcompile_" + re.sub(r"\W+", "_", "_".join(str(p) for p in parts)).strip("_")
 
 
 def load_codes(scheme: Scheme, even_k: bool) -> str:
@@ -103,16 +117,7 @@ class Loop:
         return f"\n{{{{def_kernel({names})}}}}\n{header.strip(chr(10))}\n{strides}{self.text}{footer}"
 
 
-HEADER = """
-    M = {{size("X", 0)}}
-    K = {{size("X", 1)}}
-    N = {{size("W", 0)}}
-    if M * N == 0:
-        return
-    stride_xm = {{stride("X", 0)}}
-    stride_wn = {{stride("W", 0)}}
-    stride_Sn = {{stride("S", 0)}}
-    pid = tl.program_id(0)
+SWIZZLE = """
     grid_m = (M + BLOCK_M - 1) // BLOCK_M
     grid_n = (N + BLOCK_N - 1) // BLOCK_N
     # neighbouring programs share rows of X and of W in L2
@@ -124,6 +129,18 @@ HEADER = """
     rm = ((pid_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
     rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
 """
+
+HEADER = """
+    M = {{size("X", 0)}}
+    K = {{size("X", 1)}}
+    N = {{size("W", 0)}}
+    if M * N == 0:
+        return
+    stride_xm = {{stride("X", 0)}}
+    stride_wn = {{stride("W", 0)}}
+    stride_Sn = {{stride("S", 0)}}
+    pid = tl.program_id(0)
+""" + SWIZZLE.lstrip("\n")
 
 FOOTER = """
     idx_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]

@@ -15,12 +15,13 @@ if __name__ == "qcompile.passes":
     from .infra import Pass
     from .lower import lower
     from .match import match
+    from .merge import merge
     from .method import Solver, Transform
     from .normalize import normalize
     from .observe import observe
     from .transform import transform
 
-    PASSES: dict[str, Pass] = {p.name: p for p in (normalize, find_sites, match, observe, transform, lower)}
+    PASSES: dict[str, Pass] = {p.name: p for p in (normalize, find_sites, match, observe, transform, merge, lower)}
     TRANSFORMS: dict[str, Transform] = {t.name: t for t in (smooth.TRANSFORM, awq.TRANSFORM, aqas.TRANSFORM)}
     SOLVERS: dict[str, Solver] = {s.name: s for s in (rtn.SOLVER, gptq.SOLVER, adaround.SOLVER, sequential_mse.SOLVER)}
     __all__ = ["PASSES", "SOLVERS", "TRANSFORMS", "Pass"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .library import library
 from .narrow import is_product, narrow
 
 VIEW = torch.ops.aten.view.default
@@ -20,10 +21,11 @@ OURS = ("linear", "scaled_linear")
 
 
 def flatten(graph: fx.Graph) -> None:
-    """Rewrite in place; the graph is left as it was where nothing applies. Then, with casts right behind their products, ``narrow``."""
+    """Rewrite in place; the graph is left as it was where nothing applies. Then, with casts right behind their products, ``library`` and ``narrow``."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in RESHAPES and is_product(node.args[0], OURS):
             _sink(graph, node)
+    library(graph)
     narrow(graph)
 
 

@@ -7,6 +7,7 @@ the product is plain torch, which Inductor fuses into the product's store.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .sites import CASTS, Site, example, is_transpose
 from .slots import leader, slot_inputs, slot_of, slots_of
 
 
-@graph_pass(after=("match",))
+@graph_pass(after=("match", "merge"))
 def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip)."""
     builder = _Builder(gm, context)
@@ -48,23 +49,30 @@ class _Builder:
         self.kernels: dict[str, str | Skip] = {}
         self._quantized: dict[tuple[fx.Node, str, str], list[fx.Node]] = {}
         self._splits: dict[tuple[fx.Node, str], outliers.Split] = {}
+        self._whole: dict[tuple[str, ...], fx.Node] = {}
+        """Products of merged sites."""
+        self._merged: dict[tuple[str, ...], fx.Node] = {}
+        """What their sites take their columns of: the product, cast where none has a bias."""
 
     def rewrite(self, node: fx.Node, site: Site, choice: Choice) -> None:
         """Replace one site's node."""
         graph = self.gm.graph
-        weight = slot_inputs(self.gm, self.context, slot_of("weight", site, choice))
+        kin = self.gm.meta["merged"].get(site.name)
+        weight = [] if kin else slot_inputs(self.gm, self.context, slot_of("weight", site, choice))
         self.kernels[site.name] = kernel_for(site, choice, example(node))
         product = experts.resolve(node)
         with graph.inserting_before(node):
-            if isinstance(product, experts.Experts):
+            if kin:
+                y, out = self._part(graph, node, site, choice, kin)
+            elif isinstance(product, experts.Experts):
                 y, out = self._grouped(graph, node, site, choice, product, weight)
             else:
                 y, out = self._linear(graph, node, site, choice, weight)
-        y.meta = {**node.meta}
         out.meta = {**node.meta}
         if out is not y:
-            y.meta.pop("example_value", None)
             out.meta.pop("site", None)
+        if "site" not in y.meta:  # a merged product keeps the name of its first site
+            y.meta = {key: value for key, value in node.meta.items() if out is y or key != "example_value"}
         name = node.name
         node.replace_all_uses_with(out)
         graph.erase_node(node)
@@ -77,12 +85,7 @@ class _Builder:
         x = self._cast(graph, x, node)
         split = self._split(graph, x, site, choice)
         dense = split.dense if split is not None else x
-        if choice.input is None:
-            y = graph.call_function(target("linear"), (dense, weight, str(choice.weight)))
-        else:
-            codes, *scale = self._quantize(graph, dense, site, choice)
-            y = graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
-        out = y
+        out = y = self._product(graph, dense, site, choice, weight)
         if split is not None:
             out = graph.call_function(torch.add, (out, outliers.product(graph, self._columns(split, node, site, choice, weight), split)))
         if bias is not None:
@@ -90,6 +93,36 @@ class _Builder:
         if choice.corrected:
             out = graph.call_function(torch.add, (out, self._slot("bias", site, choice)))
         return y, self._to(graph, out, example(node).dtype)
+
+    def _product(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
+        """(..., N) float32."""
+        if choice.input is None:
+            return graph.call_function(target("linear"), (x, weight, str(choice.weight)))
+        codes, *scale = self._quantize(graph, x, site, choice)
+        return graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
+
+    def _part(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, kin: tuple[str, ...]) -> tuple[fx.Node, fx.Node]:
+        """(the product of all kin, made at the first of them, this site's columns of it). A product without biases is cast whole, so that it is stored in 16 bits."""
+        sites = [self.gm.meta["sites"][name] for name in kin]
+        nodes = {n.meta["site"]: n for n in graph.nodes if n.meta.get("site") in kin} if kin not in self._merged else {}
+        dtype = example(node).dtype
+        if nodes:
+            first, *rest = (slot_of("weight", s, self.gm.meta["plan"][s.name]) for s in sites)
+            y = self._product(graph, self._cast(graph, node.args[0], node), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))  # type: ignore[arg-type]
+            plain = all(n.args[2:3] in ((), (None,)) for n in nodes.values()) and not any(self.gm.meta["plan"][name].corrected for name in kin)
+            self._merged[kin] = self._to(graph, y, dtype) if plain else y
+            y.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
+            self._whole[kin] = y
+        start = sum(s.n for s in sites[: kin.index(site.name)])
+        out = graph.call_method("narrow", (self._merged[kin], -1, start, site.n))
+        if self._merged[kin] is not self._whole[kin]:
+            return self._whole[kin], out
+        _, _, bias = (*node.args, None)[:3]
+        if bias is not None:
+            out = graph.call_function(torch.add, (out, bias))
+        if choice.corrected:
+            out = graph.call_function(torch.add, (out, self._slot("bias", site, choice)))
+        return self._whole[kin], self._to(graph, out, dtype)
 
     def _slot(self, what: str, site: Site, choice: Choice) -> fx.Node:
         return slot_inputs(self.gm, self.context, slot_of(what, site, choice))[0]

@@ -24,7 +24,7 @@ def narrow(graph: fx.Graph) -> None:
     """Pin the first 16-bit value behind each product; rewrites in place."""
     for node in list(graph.nodes):
         if is_product(node, PRODUCTS) and node.meta["val"].device.type != "cpu":
-            cast = _cast(node)
+            cast = cast_behind(node)
             if cast is not None and cast.meta["val"].dim() == 2:
                 _pin(graph, cast)
 
@@ -34,7 +34,7 @@ def is_product(node: Any, names: tuple[str, ...]) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and node.target._opname in names
 
 
-def _cast(product: fx.Node) -> fx.Node | None:
+def cast_behind(product: fx.Node) -> fx.Node | None:
     """The cast to 16 bits that alone reads the product, or its sum with a bias."""
     node = product
     for _ in range(2):

@@ -33,7 +33,8 @@ columns; ``outliers``: (C,) their indices; ``columns``: (N, C) the weight there,
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of the weight table that a compiled graph reads. ``scheme`` is the weight's, of the input for a range; ``key`` the choice whose solution it belongs to, empty where there is none."""
+    """One entry of the weight table that a compiled graph reads. ``scheme`` is the weight's, of the input for a range; ``key`` the choice whose solution it belongs to, empty where there is none;
+    ``rest`` weights that lie behind this one in the same tensors (``merge``)."""
 
     what: str
     arg: int
@@ -43,11 +44,17 @@ class Slot:
     path: str
     key: str = ""
     count: int = 0
+    rest: tuple[Slot, ...] = ()
+
+    @property
+    def args(self) -> tuple[int, ...]:
+        """Positions of the parameters it is made from."""
+        return self.arg, *(slot.arg for slot in self.rest)
 
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal where one placeholder serves: a plain weight does not depend on the site that reads it."""
-        return self.what, self.arg, self.view, self.scheme, self.key, self.site if self.key or self.what == "range" else ""
+        return self.what, self.arg, self.view, self.scheme, self.key, self.site if self.key or self.what == "range" else "", *(slot.identity for slot in self.rest)
 
 
 def slot_of(what: str, site: Site, choice: Choice) -> Slot:

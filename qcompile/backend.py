@@ -24,6 +24,7 @@ import qcompile
 from qcompile import compat, stored
 from qcompile.calibrate import Recorder, remember_code, renamed, session, settle
 from qcompile.capture import capture
+from qcompile.core.digest import digest
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.recipe import Choice, Rule
 from qcompile.dumps import dump, trace_plan
@@ -78,7 +79,7 @@ class CompiledGraph:
         context = _Context(self.options, inputs, self)
         self.matched = self._run([PASSES[name] for name in PIPELINE], self.captured, context)
         own = ("transform",) if any(isinstance(c, Choice) and c.smooth for c in self.matched.meta["plan"].values()) else ()
-        planned = self._run([PASSES[name] for name in (*own, *self.options.passes)], self.matched, context)
+        planned = self._run([PASSES[name] for name in (*own, *self.options.passes, "merge")], self.matched, context)
         self.planned = planned
         self.sites: dict[str, Site] = planned.meta["sites"]
         self.plan = planned.meta["plan"]
@@ -87,6 +88,7 @@ class CompiledGraph:
         lowered = self._run([PASSES["lower"]], planned, context)
         self.kernels: dict[str, str | Skip] = lowered.meta["kernels"]
         self.slots: list[Slot] = lowered.meta["slots"]
+        self.merged: dict[str, tuple[str, ...]] = lowered.meta["merged"]
         trace_plan(self.sites, self.plan, self.kernels)
         if self.options.dump:
             dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
@@ -118,7 +120,7 @@ class CompiledGraph:
             return _Eager(gm)
         smooth = any(isinstance(c, Choice) and c.smooth for c in self.plan.values())
         more = {"realize_reads_threshold": 8} if smooth else {}  # a norm that reads the residual, its weight and the vector is still one kernel with the quantization behind it
-        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, compat.digest(sources(), self.options.key()))}
+        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, digest(sources(), self.options.key()))}
         if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
             patches["triton.cudagraphs"] = False
             self.notes.append("no CUDA graph for this graph: it makes a cache that outlives the call; the graphs that read the cache have theirs")
@@ -130,7 +132,7 @@ class CompiledGraph:
     def _drop_unread_weights(self, gm: fx.GraphModule) -> list[int]:
         """Erase placeholders of weights that nothing reads any more; returns the positions of Dynamo's arguments that stay."""
         kept = []
-        replaced = {slot.arg for slot in self.slots}
+        replaced = {arg for slot in self.slots for arg in slot.args}
         own = [n for n in gm.graph.find_nodes(op="placeholder") if "packed" not in n.meta]
         for i, node in enumerate(own):
             if i in replaced and not node.users:
@@ -223,15 +225,16 @@ class CompiledGraph:
 
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))
-        last = {slot.arg: i for i, slot in enumerate(self.slots)}
+        last = {arg: i for i, slot in enumerate(self.slots) for arg in slot.args}
         out: list[Tensor] = []
         released: list[Tensor] = []
         try:
             for i, slot in enumerate(self.slots):
-                p = by_arg[slot.arg]
-                out += tensors_of(slot, p)
-                if self.options.release and last[slot.arg] == i and isinstance(p, nn.Parameter) and release(p, slot.path):  # before the next one is packed
-                    released.append(p)
+                parameters_ = [by_arg[arg] for arg in slot.args]
+                out += tensors_of(slot, *parameters_)
+                for part, p in zip((slot, *slot.rest), parameters_):
+                    if self.options.release and last[part.arg] == i and isinstance(p, nn.Parameter) and release(p, part.path):  # before the next one is packed
+                        released.append(p)
         finally:  # also where a later weight cannot be packed
             if released:
                 guard(released)
@@ -335,7 +338,7 @@ def sources() -> bytes:
     folder = pathlib.Path(qcompile.__file__).parent
     roots = [folder, *(pathlib.Path(p) for sub in (qcompile.kernels, qcompile.passes) for p in sub.__path__)]
     files = sorted({f for root in roots for f in root.rglob("*") if f.suffix in (".py", ".cpp", ".h") and "data" not in f.parts})
-    return compat.digest(torch.__version__.encode(), *(f.read_bytes() for f in files))
+    return digest(torch.__version__.encode(), *(f.read_bytes() for f in files))
 
 
 __all__ = ["CompiledGraph", "backend", "collecting", "tensors_of", "text", "view"]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,13 +45,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 # --- Inductor: lowerings and templates -------------------------------------------------------------------------------
 
-TRITON_DTYPES = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.int8: "tl.int8"}
 _TEMPLATES: dict[str, Any] = {}
-
-
-def triton_dtype(dtype: torch.dtype) -> str:
-    """Spelling of a dtype in Triton source."""
-    return TRITON_DTYPES[dtype]
 
 
 def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
@@ -75,13 +67,8 @@ def flush_lowerings() -> None:
         register(op, type_promotion_kind=None)(fn)
 
 
-def template_name(*parts: object) -> str:
-    """An identifier for a template made from its parameters; it shows in profiles and in generated code."""
-    return "qcompile_" + re.sub(r"\W+", "_", "_".join(str(p) for p in parts)).strip("_")
-
-
 def lower_template(
-    name: str, source: Callable[[], str], inputs: Sequence[Any], size: tuple[Any, Any], configs: Sequence[Mapping[str, int]], grid: Callable[..., Any] | None = None
+    name: str, source: Callable[[], str], inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, int]], grid: Callable[..., Any] | None = None
 ) -> Any:
     """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
 
@@ -102,6 +89,27 @@ def lower_template(
             raise error
     out = autotune_select_algorithm(name, choices, nodes, layout)
     return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
+
+
+def sum_first(x: Any) -> Any:
+    """The sum over the first axis of an IR node. A short axis is unrolled, in order, into whatever reads the sum."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.aten.sum.dim_IntList](x, [0])
+
+
+def at_most(size: Any, bound: int) -> bool:
+    """Whether a size is at most ``bound``, asked of a symbolic size by a guard: beyond the bound Dynamo compiles again. Sizes that depend on data are not."""
+    if (known := static_int(size)) is not None:
+        return known <= bound
+    if isinstance(size, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return bool(guard_or_false(size <= bound))
+    import sympy
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.guard_or_false(sympy.Le(size, bound)))
 
 
 def fallback_kernel(op: Any, *args: Any) -> Any:
@@ -340,11 +348,3 @@ def _cpp_compiler() -> str | None:
     except (exc.InvalidCxxCompiler, FileNotFoundError, RuntimeError) as error:
         return str(error) or type(error).__name__
     return None
-
-
-def digest(*parts: bytes) -> bytes:
-    """sha256 of the parts."""
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(len(part).to_bytes(8, "little") + part)
-    return h.digest()

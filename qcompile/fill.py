@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor
 from qcompile import compat
 from qcompile.core.qtensor import quantize
 from qcompile.core.solution import Solution
+from qcompile.joined import joined
 from qcompile.passes.sites import view
 from qcompile.passes.slots import Slot
 from qcompile.sequence import use
 from qcompile.weights import TABLE
 
 
-def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
-    """What a slot reads for one parameter: always the same tensors, up to date."""
+def tensors_of(slot: Slot, parameter: Tensor, *rest: Tensor) -> list[Tensor]:
+    """What a slot reads for its parameters, in the order of ``slot.args``: always the same tensors, up to date."""
+    if slot.rest:
+        parts = [(s, p) for s, p in zip((replace(slot, rest=()), *slot.rest), (parameter, *rest))]
+        return joined([(p, (s.what, s.view, s.scheme, (s.view, use(s.site), s.key) if s.key else None)) for s, p in parts], [tensors_of(s, p) for s, p in parts])
     key = (slot.view, use(slot.site), slot.key) if slot.key else None
     if slot.what in ("weight", "columns"):
         return TABLE.packed(parameter, slot.view, slot.scheme, slot.path, key, slot.what)
@@ -28,6 +33,8 @@ def tensors_of(slot: Slot, parameter: Tensor) -> list[Tensor]:
 
 def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     """The same as tensors without values, under a fake mode."""
+    if slot.rest:
+        return [torch.cat(tensors) for tensors in zip(*(shapes_of(s, inputs) for s in (replace(slot, rest=()), *slot.rest)))]
     p = inputs[slot.arg]
     record = TABLE.get(p)
     solution = record.solutions.get((slot.view, use(slot.site), slot.key)) if record is not None and slot.key else None

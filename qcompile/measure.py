@@ -225,8 +225,9 @@ class _Measured:
         self._released = {index for index, record in records.items() if record is not None and record.released is not None}
         names = set(graph.sites)
         if self._released:  # the captured graph would read NaN: the lowered one still shows how many rows there are
-            packed = [t for slot in graph.slots for t in tensors_of(slot, args[slot.arg])]
+            packed = [t for slot in graph.slots for t in tensors_of(slot, *(args[i] for i in slot.args))]
             run_observed(graph.lowered, [*(concrete(args[i]) for i in graph._kept), *packed], names, self._count)
+            self.rows |= {name: self.rows[kin[0]] for name, kin in graph.merged.items()}  # one product, one node
         else:
             run_observed(graph.matched, self._whole, names, self._see)
 

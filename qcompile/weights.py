@@ -85,6 +85,7 @@ class Record:
     entries: dict[Key, Entry] = field(default_factory=dict)
     solutions: dict[SolutionKey, Solution] = field(default_factory=dict)
     given: dict[tuple[str, SolutionKey], list[Tensor]] = field(default_factory=dict)
+    joined: dict[tuple[object, ...], list[Tensor]] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     released: torch.dtype | None = None
 
@@ -142,7 +143,7 @@ class WeightTable:
         """
         record = self.record(p, path)
         self.is_released(p)
-        entry_key = (what, how, " ".join([str(scheme), *(key[1:] if key else ())]))
+        entry_key = entry_of(what, how, scheme, key)
         entry = record.entries.get(entry_key)
         if entry is not None and entry.state == state_of(p):
             return entry.tensors
@@ -218,6 +219,11 @@ class WeightTable:
                     entry.state, entry.source, count = (), None, count + 1
         GENERATION[0] += bool(count)
         return count
+
+
+def entry_of(what: str, how: str, scheme: Scheme, key: SolutionKey | None) -> Key:
+    """The name of an entry of a record."""
+    return what, how, " ".join([str(scheme), *(key[1:] if key else ())])
 
 
 GENERATION = [0]

@@ -1,0 +1,234 @@
+"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only "16 @ int4"]`, and writes `kernels/tuned.json`.
+
+Each candidate is the product's own template, rendered as an ordinary kernel (`standalone.py`), compiled by a pool of processes first, checked against float32 on the same codes, then timed:
+six weights in rotation so that L2 does not help, launches in a CUDA graph, median of replays. Where parts of K are split, adding them up is timed with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from standalone import load, render
+
+from qcompile.core.qtensor import quantize
+from qcompile.core.scheme import Scheme
+from qcompile.kernels import linear, scaled_linear, stream, tiles
+from qcompile.kernels.op import Case
+from qcompile.kernels.quantize import reference as quantize_activations
+from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
+
+OUT = Path(__file__).resolve().parents[1] / "kernels" / "tuned.json"
+RECIPES = {"W4A8": ("int4.g128", "int8.row"), "W4A16": ("int4.g128", None), "W8A8": ("int8.row", "int8.row"), "FP8": ("e4m3.row", "e4m3.row"), "NF4": ("nf4.g64", None), "W8A16": ("int8.row", None)}
+SHAPES = ((14336, 4096), (4096, 14336), (6144, 4096))
+"""N, K: the wide, the long and the small linears of an 8B model. Other sizes take the nearest."""
+EVERYWHERE = ("W4A8", "W4A16", "W8A8")
+"""Recipes that are tuned for all shapes, the others for the first."""
+ROTATE, COPIES, REPLAYS = 6, 4, 7
+TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
+CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT")
+BY_WARPS = ((16, 1), (32, 2), (64, 4))
+"""BLOCK_N and warps: sixteen rows of weights for each, so that no warp decodes what another does."""
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: str
+    m: int
+    n: int
+    k: int
+    tile: Tile
+
+
+def candidates(recipe: str, m: int, n: int) -> Iterator[Tile]:
+    """Tiles worth a try. Few rows of weights want K in parts, to have enough programs."""
+    parts = (1,) if n > 8192 else (1, 2, 4)
+    if m == 1:
+        yield from ((rows, width, split, warps, stages) for rows in (1, 16) for width, warps in BY_WARPS for split in parts for stages in (4, 6))
+    elif m <= 16:
+        yield from ((16, width, split, warps, stages) for width, warps in (*BY_WARPS, (128, 4), (128, 8)) for split in parts for stages in (3, 5))
+    elif m <= 64:
+        yield from ((64, width, split, warps, stages) for width, warps in ((32, 4), (64, 4), (128, 4), (128, 8)) for split in parts for stages in (3, 5))
+    elif m <= 256:
+        shapes = ((128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4))
+        yield from ((rows, width, split, warps, stages) for rows, width, warps in shapes for split in parts[:2] for stages in (3, 4))
+    elif recipe in ("W4A8", "W8A8", "FP8"):  # the others dequantize once and call the library
+        yield from ((rows, width, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
+
+
+def jobs(only: str | None) -> list[Job]:
+    found = []
+    for m in (1, 16, 64, 256, 4096):
+        for n, k in SHAPES if m <= 256 else SHAPES[:1]:
+            for recipe in RECIPES:
+                if (only is None or recipe == only) and ((n, k) == SHAPES[0] or recipe in EVERYWHERE):
+                    found += [Job(recipe, m, n, k, tile) for tile in candidates(recipe, m, n)]
+    return found
+
+
+def case(job: Job) -> Case:
+    weight, given = RECIPES[job.recipe]
+    x = Scheme.parse(given) if given else None
+    return Case(torch.device("cuda"), x.fmt.dtype if x else torch.bfloat16, Scheme.parse(weight), x, job.n, job.k, job.m, capability=(9, 0))
+
+
+def source(job: Job) -> tuple[str, dict[str, str]]:
+    """The kernel's text and the Triton dtype of each pointer."""
+    c = case(job)
+    dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
+    split = job.tile[2] > 1
+    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split)
+    sample = quantize(torch.ones(16, job.k), c.weight).flatten()
+    shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
+    types = {"X": TYPES[c.dtype]}
+    for name, t in zip(("W", "S"), sample):
+        shapes[name], types[name] = (job.n, *t.shape[1:]), TYPES[t.dtype]
+    if c.input is not None:
+        shapes["SX"], types["SX"] = (job.m, 1), "fp32"
+    template = loop.kernel(stream.HEADER, stream.SPLIT_FOOTER if split else tiles.FOOTER)
+    return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16"), types | {"OUT": "fp32" if split else "bf16"}
+
+
+def constants(job: Job) -> dict[str, int]:
+    rows, width, split, warps, stages = job.tile
+    return {"BLOCK_M": rows, "BLOCK_N": width, "GROUP_M": GROUP_M, "SPLIT": split, "num_warps": warps, "num_stages": stages}
+
+
+def compile_ahead(job: Job) -> tuple[Job, str]:
+    """In a process of the pool: into Triton's cache. Returns what went wrong, if anything."""
+    from triton.runtime.jit import MockTensor
+
+    text, types = source(job)
+    names = {"i8": torch.int8, "u8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn}
+    try:
+        kernel = load(text)
+        kernel.warmup(*(MockTensor(names[types[a]]) for a in kernel.arg_names if a in types), grid=(1,), **constants(job))
+    except Exception as error:
+        return job, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200] if str(error).strip() else ''}"
+    return job, ""
+
+
+class Problem:
+    """Weights in rotation, one input, and the truth."""
+
+    def __init__(self, recipe: str, m: int, n: int, k: int) -> None:
+        weight, given = RECIPES[recipe]
+        torch.manual_seed(0)
+        w = torch.randn(n, k, device="cuda") / 64
+        self.weights = [quantize(w, Scheme.parse(weight)).flatten()]
+        self.weights += [[t.clone() for t in self.weights[0]] for _ in range(ROTATE - 1)]
+        rows = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        if given:
+            codes, scale = quantize_activations(rows, [], given)
+            self.x, self.more = codes, [scale]
+            self.truth = scaled_linear.reference(codes, [scale], self.weights[0], f"{given} @ {weight}")
+        else:
+            self.x, self.more = rows, []
+            self.truth = linear.reference(rows, self.weights[0], weight)
+        self.m, self.n = m, n
+
+    def microseconds(self, job: Job) -> float:
+        """Median of one product; NaN where it is wrong."""
+        split = job.tile[2]
+        kernel = load(source(job)[0])
+        shape = (split, self.m, self.n) if split > 1 else (self.m, self.n)
+        outs = [torch.full(shape, float("nan"), device="cuda", dtype=torch.float32 if split > 1 else torch.bfloat16) for _ in range(ROTATE)]
+        given = constants(job)
+        programs = -(-self.m // given["BLOCK_M"]) * -(-self.n // given["BLOCK_N"]) * split
+
+        def once(i: int) -> torch.Tensor:
+            kernel[(programs,)](self.x, *self.weights[i], *self.more, outs[i], **given)
+            return torch.sum(outs[i], 0, dtype=torch.bfloat16) if split > 1 else outs[i]
+
+        y = once(0).float()
+        if not float((y - self.truth).norm() / self.truth.norm()) < 1e-2:
+            return float("nan")
+        return graphed(once)
+
+
+def graphed(once: Any) -> float:
+    """Microseconds of one of the rotating launches, in a CUDA graph."""
+    stream_ = torch.cuda.Stream()
+    with torch.cuda.stream(stream_):
+        once(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream_):
+        for _ in range(COPIES):
+            for i in range(ROTATE):
+                once(i)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (COPIES * ROTATE))
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop timing after so long")
+    parser.add_argument("--only", choices=list(RECIPES))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--log", type=Path, help="every timing, one JSON object a line")
+    given = parser.parse_args()
+    begun = time.perf_counter()
+    todo = jobs(given.only)
+    problems: dict[tuple[str, int, int, int], Problem] = {}
+    best: dict[tuple[str, int, int, int], tuple[float, Tile]] = {}
+    log = given.log.open("a") if given.log else None
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(2, (os.cpu_count() or 4) - 1), mp_context=context) as pool:
+        for future in as_completed([pool.submit(compile_ahead, job) for job in todo]):
+            job, problem = future.result()
+            us = float("nan")
+            if time.perf_counter() - begun > given.seconds:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+            if not problem:
+                key = (job.recipe, job.m, job.n, job.k)
+                if key not in problems:
+                    problems[key] = Problem(*key)
+                try:
+                    us = problems[key].microseconds(job)
+                except Exception as error:
+                    problem = f"{type(error).__name__}: {str(error)[:200]}"
+                problem = problem or ("" if us == us else "wrong")
+                if us == us and (key not in best or us < best[key][0]):
+                    best[key] = (us, job.tile)
+            if log:
+                log.write(json.dumps([*key_of(job), *job.tile, round(us, 2), problem]) + "\n")
+                log.flush()
+            write(given.out, best) if len(best) and not problem else None
+    write(given.out, best)
+    for key, (us, tile) in sorted(best.items()):
+        print(*key, "->", tile, f"{us:.2f} us")
+    print(f"{len(todo)} candidates, {time.perf_counter() - begun:.0f} s")
+
+
+def key_of(job: Job) -> tuple[str, int, int, int]:
+    return job.recipe, job.m, job.n, job.k
+
+
+def write(path: Path, best: dict[tuple[str, int, int, int], tuple[float, Tile]]) -> None:
+    """Rows of the table. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
+    rows = [{"arithmetic": arithmetic(case(Job(*key, tile))), "size": list(key[1:]), "tile": list(tile), "us": round(us, 2)} for key, (us, tile) in sorted(best.items())]
+    text = ",\n ".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "torch": "{torch.__version__}", "rows": [\n {text}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Products that stream the weight: its tile is the first operand of the dot, so that it goes from memory through registers, where it is decoded, to the tensor cores, and activations are the
+second one. Each weight is decoded once for all rows of a tile, however few. ``y^T = W x^T``.
+
+The K loop takes 128 columns a step: one packed block, whose halves are two operands of 64, or one plain tile. Scales of groups are fetched a step ahead.
+``SPLIT`` programs may share a tile, each with its part of K: the output is then (SPLIT, M, N), and what reads it adds the parts up, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+from qcompile.core.layouts import BLOCK
+from qcompile.core.scheme import GROUPS, Scheme
+
+from . import decode, tiles
+from .op import Case
+from .tiles import SUB
+
+BYTES = 8
+"""Bits of a code that needs no unpacking."""
+
+
+def supports(c: Case) -> Skip | None:
+    """Whether ``loop`` covers a case that the general template covers."""
+    w, x = c.weight, c.input
+    if w.fmt.bits not in (4, BYTES):
+        return Skip(f"codes of {w.fmt.bits} bits are not streamed")
+    if w.zero == "min" or not tiles.whole_subtiles(w, c.k) or (x is not None and not tiles.whole_subtiles(x, c.k)):
+        return Skip(f"groups of {w} are not multiples of {SUB} columns")
+    if w.scale is not None and not row_scales(w, c.n, c.k):
+        return Skip(f"scales of {w} are not one for each row")
+    if x is None and c.dtype.itemsize != 2:
+        return Skip(f"activations are {c.dtype}")
+    if w.fmt.bits == BYTES and w.zero != "none":
+        return Skip(f"{w} has zero points of 8 bits")
+    return None
+
+
+def row_scales(w: Scheme, n: int, k: int) -> bool:
+    """Quantized scales that plain 8-bit codes and one factor for each row (or one for all) give: the factor multiplies the sums."""
+    s = w.scale
+    return s is not None and s.scale is None and s.zero == "none" and s.packing == "plain" and w.zero == "none" and s.extent(1, w.grid_shape((n, k))[-1])[1] >= w.grid_shape((n, k))[-1] and s.group[0] in (0, 1)
+
+
+def takes_scales(c: Case) -> bool:
+    """Quantized scales that need not be widened first."""
+    return c.device.type == "cuda" and supports(c) is None
+
+
+HEADER = """
+    M = {{size("X", 0)}}
+    K = {{size("X", 1)}}
+    N = {{size("W", 0)}}
+    if M * N == 0:
+        return
+    stride_xm = {{stride("X", 0)}}
+    stride_wn = {{stride("W", 0)}}
+    stride_Sn = {{stride("S", 0)}}
+    part_k = tl.program_id(0) % SPLIT
+    pid = tl.program_id(0) // SPLIT
+"""
+
+SPLIT_FOOTER = tiles.FOOTER.replace('("idx_m", "idx_n")', '("part_k", "idx_m", "idx_n")')
+
+
+def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool) -> tiles.Loop:
+    """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32."""
+    return _Text(x, w, n, k, dot, split).loop()
+
+
+class _Text:
+    """The statements of one loop. A *piece* is what one dot takes: (columns, where they start in the step); pieces between two scales share a sum."""
+
+    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool) -> None:
+        self.x, self.w, self.n, self.k, self.dot, self.split = x, w, n, k, dot, split
+        self.integer = dot == "tl.int8"
+        self.out = "tl.int32" if self.integer else "tl.float32"
+        self.packed = w.packing != "plain"
+        group, self.x_group = w.extent(n, k)[1], k if x is None else x.extent(1, k)[1]
+        self.by_group = min(group, self.x_group) < k
+        self.fine = self.by_group and any(c < k and c % BLOCK for c in (group, self.x_group))
+        """A scale for each half of a step."""
+        self.decoder = decode.nibbles(w.fmt, dot) if self.packed else decode.int8(dot) if w.fmt.name == "int8" and not self.integer else None
+        self.factor = 1 if self.decoder is None else self.decoder.factor
+        self.even = k % BLOCK == 0
+
+    def loop(self) -> tiles.Loop:
+        step = [*self._weights(), *self._sums()]
+        if self.by_group:
+            step += self._fetch(f"k + {BLOCK}")
+        lines = [*self._range(), f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})"]
+        lines.append(f"    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype={'tl.float32' if self.by_group else self.out})")
+        lines += [tiles.block("\n".join(self._fetch("start")), 1)] if self.by_group else []
+        lines += [f"    for k in range(start, stop, {BLOCK}):", tiles.block("\n".join(step), 2), *self._scaled(), "    acc = tl.trans(acc)"]
+        pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",))
+        return tiles.Loop(pointers, "\n".join(lines))
+
+    def _range(self) -> list[str]:
+        lines = tiles.SWIZZLE.strip("\n").splitlines()
+        if not self.split:
+            return [*lines, "    start = 0", "    stop = K"]
+        return [*lines, f"    span = (K + {BLOCK} * SPLIT - 1) // ({BLOCK} * SPLIT) * {BLOCK}", "    start = part_k * span", "    stop = tl.minimum(start + span, K)"]
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        return [(SUB, 0), (SUB, SUB)] if self.packed or self.fine else [(BLOCK, 0)]
+
+    def _weights(self) -> list[str]:
+        """Statements that set w0, w1 (or w0 alone) of dtype ``dot``, and x0, x1."""
+        lines = []
+        if self.packed:
+            assert self.decoder is not None
+            lines += [f"code = tl.load(W + rn[:, None] * stride_wn + (k // {BLOCK} * {SUB} + column)[None, :])", self.decoder.call("code", "w0", "w1")]
+        for i, (columns, at) in enumerate(self._pieces()):
+            index = f"k + {at} + {'column' if columns == SUB else 'wide'}"
+            mask = "" if self.even else f", mask=({index} < K)[None, :], other=0"
+            lines.append(f"x{i} = tl.load(X + rm[:, None] * stride_xm + ({index})[None, :]{mask})")
+            if not self.packed:
+                name = f"code{i}" if self.decoder else f"w{i}"
+                lines.append(f"{name} = tl.load(W + rn[:, None] * stride_wn + ({index})[None, :]{mask})")
+                if self.decoder:
+                    lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}"))
+                elif not self.integer and self.x is None:
+                    lines.append(f"w{i} = w{i}.to({self.dot})")
+        return lines
+
+    def _sums(self) -> list[str]:
+        """Statements that add the step's products to ``acc``."""
+        lines: list[str] = []
+        point = self.w.zero == "point"
+        pieces = range(len(self._pieces()))
+        for i in pieces:
+            s = i if self.fine else 0
+            if point and not self.integer:
+                lines.append(f"w{i} = w{i} - z{s}.to(tl.float32).to({self.dot})[:, None]")
+            into = "acc" if not self.by_group else f"part{s}"
+            begun = not self.by_group or (i > 0 and not self.fine)
+            lines.append(f"{into} = tl.dot(w{i}, tl.trans(x{i}), {f'{into}, ' if begun else ''}out_dtype={self.out})")
+            if point and self.integer:  # z * sum(x) is what the codes have too much
+                lines.append(f"{into} -= z{s}.to(tl.int32)[:, None] * {self.factor} * tl.sum(x{i}.to(tl.int32), 1)[None, :]")
+        if self.by_group:
+            for s in pieces if self.fine else (0,):
+                value = f"part{s}.to(tl.float32) * s{s}[:, None]" + (f" * sx{s}[None, :]" if self.x_group < self.k else "")
+                lines.append(f"acc += {value}")
+        return lines
+
+    def _fetch(self, at: str) -> list[str]:
+        """Statements that load the scales (zero points, scales of groups of x) of the step that begins at column ``at``; past the end, those of the last one."""
+        lines = []
+        for s in (0, 1) if self.fine else (0,):
+            column = f"tl.minimum({at}{f' + {SUB}' if s else ''}, K - 1)"
+            lines.append(f"s{s} = tl.load({tiles.group_index(self.w, self.n, self.k, 'S', column)}).to(tl.float32)")
+            if self.w.zero == "point":
+                lines.append(f"z{s} = tl.load({tiles.group_index(self.w, self.n, self.k, 'Z', column)})")
+            if self.x_group < self.k:
+                lines.append(f"sx{s} = tl.load(SX + rm * {-(-self.k // self.x_group)} + {column} // {self.x_group})")
+        return lines
+
+    def _scaled(self) -> list[str]:
+        """What multiplies the sums once: scales of whole rows, of the input, the decoder's factor."""
+        lines = ["    acc = acc.to(tl.float32)"] if self.integer and not self.by_group else []
+        if not self.by_group:
+            lines.append(f"    acc = acc * tl.load({tiles.group_index(self.w, self.n, self.k, 'S', '0')}).to(tl.float32)[:, None]")
+        if self.w.scale is not None:
+            lines.append("    acc = acc * tl.load(SS" + (" + rn" if self.w.scale.group[0] == 1 else "") + ").to(tl.float32)" + ("[:, None]" if self.w.scale.group[0] == 1 else ""))
+        if self.factor != 1:
+            lines.append(f"    acc = acc * {1 / self.factor!r}")
+        if self.x is not None and self.x.group == GROUPS["tensor"]:
+            lines.append("    acc = acc * tl.load(SX)")
+        elif self.x is not None and self.x_group >= self.k:
+            lines.append("    acc = acc * tl.load(SX + rm)[None, :]")
+        return lines
+
+
+def grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """Programs of one tile's parts are neighbours."""
+    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]) * meta["SPLIT"], 1, 1)
+
+
+def split_grid(s: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """The same for an output of (SPLIT, M, N)."""
+    return grid(m, n, meta, cdiv=cdiv)
+
+
+def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config: dict[str, int]) -> Any:
+    """Inductor's node: (M, N) float32. ``inputs`` begin with x."""
+    split = config["SPLIT"] > 1
+    name = tiles.template_name(op, "stream", "split" if split else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split).kernel(HEADER, SPLIT_FOOTER if split else tiles.FOOTER)  # noqa: E731
+    m = compat.sizes(inputs[0])[0]
+    if not split:
+        return compat.lower_template(name, source, inputs, (m, c.n), [config], grid)
+    return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))

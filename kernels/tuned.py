@@ -1,0 +1,61 @@
+"""Which tile a streamed product takes: rows measured by ``benchmarks/tune.py`` and kept as data (``tuned.json``), never searched at a user's first call.
+
+A row belongs to an arithmetic, such as ``int8 @ int4``, a size (M, N, K) and a GPU. A case takes the row of its arithmetic whose M is the next one above its own and whose N and K are nearest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from importlib import resources
+
+from .op import Case
+
+FIELDS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+GROUP_M = 8
+"""Rows of tiles that share columns of the weight in L2."""
+Tile = tuple[int, int, int, int, int]
+
+
+def arithmetic(c: Case) -> str:
+    """``input @ weight``: what decides how fast a tile is, beside its size."""
+    w = c.weight.fmt
+    kind = w.name if w.bits == 8 else f"{'int' if w.kind == 'int' else 'table'}{w.bits}"
+    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}"
+
+
+@cache
+def rows() -> dict[str, dict[tuple[int, int, int], Tile]]:
+    """The table: arithmetic -> (M, N, K) -> tile."""
+    found: dict[str, dict[tuple[int, int, int], Tile]] = {}
+    for row in json.loads(resources.files(__package__).joinpath("tuned.json").read_text())["rows"]:
+        m, n, k = row["size"]
+        found.setdefault(row["arithmetic"], {})[m, n, k] = tuple(row["tile"])
+    return found
+
+
+def config(c: Case) -> dict[str, int]:
+    """The tile of a case, as a template takes it."""
+    known = rows().get(arithmetic(c), {})
+    tile = _nearest(known, c.m, c.n, c.k) if known else guess(c.m, c.n)
+    return {**dict(zip(FIELDS, tile)), "GROUP_M": GROUP_M}
+
+
+def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: int) -> Tile:
+    most = max(size[0] for size in known)
+    wanted = min((size[0] for size in known if m is not None and size[0] >= m), default=most)
+    return known[min((size for size in known if size[0] == wanted), key=lambda size: abs(math.log(size[1] / n)) + abs(math.log(size[2] / k)))]
+
+
+def guess(m: int | None, n: int) -> Tile:
+    """A tile for what nobody measured: 16 rows of weights for each warp while there are few rows of activations, tensor-core tiles of 64 x 128 and more beyond."""
+    if m is not None and m <= 16:
+        return (16, 64 if n >= 8192 else 32, 1, 4 if n >= 8192 else 2, 4)
+    if m is not None and m <= 64:
+        return (_power(m), 64, 1, 4, 4)
+    return (128, 128, 1, 8, 3)
+
+
+def _power(m: int) -> int:
+    return 1 << max(m - 1, 0).bit_length()

@@ -1,0 +1,76 @@
+"""Products of one input become one product: q, k and v, or gate and up, found as linears that read the same value and get the same schemes. The weights lie one behind the other in one
+tensor (``qcompile/weights.py``), and each linear takes its columns of the output.
+
+Fewer, larger kernels: what a GPU wants where there are few rows. On a CPU a product is a call, and nothing is gained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from qcompile.core.errors import Skip
+from qcompile.core.recipe import Choice
+
+from . import experts, outliers
+from .infra import graph_pass
+from .sites import Site, example
+
+DEVICES = ["cuda"]
+"""Where products are merged."""
+
+
+@graph_pass(after=("match",))
+def merge(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+    """Fill ``gm.meta["merged"]``: name of a site -> names of all sites of its product, itself included, in the order of the graph. Sites that stay alone are not in it."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    refused: dict[str, Skip] = {}
+    for node in gm.graph.nodes:
+        choice = gm.meta["plan"].get(node.meta.get("site", ""))
+        if not isinstance(choice, Choice):
+            continue
+        site = gm.meta["sites"][node.meta["site"]]
+        if reason := _alone(node, site, choice):
+            refused[site.name] = reason
+        else:
+            groups.setdefault((node.args[0], example(node).dtype, choice.input, choice.weight, choice.methods, choice.smooth, choice.heads, site.k, site.dtype), []).append(site.name)
+    gm.meta["merged"] = {name: tuple(names) for names in groups.values() if len(names) > 1 for name in names}
+    gm.meta["unmerged"] = refused
+    gm.meta["note"] = f"{len(gm.meta['merged'])} linears in {len(set(gm.meta['merged'].values()))} products"
+    return gm
+
+
+def _alone(node: fx.Node, site: Site, choice: Choice) -> Skip | None:
+    """Why a linear keeps a product of its own."""
+    if site.device.partition(":")[0] not in DEVICES:
+        return Skip(f"products on {site.device} stay apart")
+    if isinstance(experts.resolve(node), experts.Experts):
+        return Skip("a stack of experts is one product already")
+    if choice.weight.group[0] != 1 or (choice.weight.scale is not None and choice.weight.scale.group[0] != 1):
+        return Skip(f"rows of {choice.weight} share scales")
+    if choice.outliers or outliers.dynamic(choice) is not None:
+        return Skip("its outlier columns are its own")
+    if site.stored is not None:
+        return Skip("the module holds its codes")
+    if choice.input is not None and choice.input.static and _requantized(node):
+        return Skip("the next linear's quantization is in its store")
+    return None
+
+
+POINTWISE = {"silu", "gelu", "relu", "mul", "add", "sigmoid", "tanh", "to", "view", "reshape"}
+
+
+def _requantized(node: fx.Node) -> bool:
+    """What is computed from the product alone, element by element, is the input of a linear."""
+    front, seen = list(node.users), set()
+    while front:
+        user = front.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if "site" in user.meta:
+            return True
+        if getattr(user.target, "__name__", user.target) in POINTWISE:
+            front += list(user.users)
+    return False

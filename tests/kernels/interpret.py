@@ -1,0 +1,69 @@
+"""Runs streamed products in Triton's interpreter, in a process of its own (the variable must be set before Triton is imported): prints the largest error of each case.
+
+The interpreter has no inline PTX, so each decoder is replaced by Triton statements of the same meaning; `test_decode.py` runs the PTX itself. It has no bfloat16 dot either: float16 and int8.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import torch
+from standalone import load, render
+
+from qcompile.core.qtensor import quantize
+from qcompile.core.scheme import Scheme
+from qcompile.kernels import decode, linear, scaled_linear, stream, tiles
+from qcompile.kernels.quantize import reference as quantize_activations
+
+CASES = [
+    ("int4.g128", None), ("int4.g64", None), ("uint4.g128.point", None), ("int4.row", None), ("int8.row", None), ("int8.g128", None), ("nf4.g64", None), ("nf4.g64/int8.row", None), ("fp4.g64", None),
+    ("e2m1.g128/int8.tensor", None), ("int4.b64x128", None), ("int4.g128", "int8.row"), ("uint4.g128.point", "int8.row"), ("int4.g128.point", "int8.row"), ("int4.row", "int8.tensor"),
+    ("int8.row", "int8.row"), ("int8.g64", "int8.row"), ("int8.g128", "int8.g128"), ("int4.g128/int8.row", "int8.row"), ("uint4.row", "int8.row"),
+]  # fmt: skip
+SIZES = [(1, 40, 256), (3, 33, 130), (19, 80, 520)]
+"""Rows, N, K: K that ends inside a block of 128, N and rows that fill no tile."""
+TILES = [(16, 32, 1), (16, 32, 2), (32, 16, 4)]
+
+
+def statements(self, source, *names):
+    """What ``Decoder.call`` stands for, without PTX; the format is put in by ``check``."""
+    lines = [f"raw = {source}"]
+    for i, name in enumerate(names):
+        lines.append(f"code = (raw.to(tl.int32) >> {4 * i}) & 15" if len(names) == 2 else "code = raw.to(tl.int8, bitcast=True)")
+        lines += [tiles.decode(statements.scheme, "tl.float32"), f"{name} = (w * {self.factor}).to({self.dtype})"]
+    return "\n".join(lines)
+
+
+def check(weight, given, m, n, k, tile):
+    w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
+    statements.scheme = w
+    values = torch.randn(n, k)
+    q = quantize(values.abs() if w.fmt.lo == 0 and w.zero == "none" else values, w)
+    rows = torch.randn(m, k)
+    dot = "tl.int8" if given else "tl.float16"
+    block_m, block_n, split = tile
+    loop = stream.loop(x, w, n, k, dot, split > 1)
+    tensors = {"X": rows.half(), **dict(zip(["W", "S", *(p for p in loop.pointers if p in ("SS", "Z"))], q.flatten()))}
+    if given:
+        codes, scale = quantize_activations(rows, [], given)
+        tensors |= {"X": codes, "SX": scale}
+        truth = scaled_linear.reference(codes, [scale], q.flatten(), f"{given} @ {weight}")
+    else:
+        truth = linear.reference(tensors["X"], q.flatten(), weight)
+    out = torch.full((split, m, n) if split > 1 else (m, n), float("nan"))
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT": split}
+    template = loop.kernel(stream.HEADER, stream.SPLIT_FOOTER if split > 1 else tiles.FOOTER)
+    run = load(render(template, {name: tuple(t.shape) for name, t in tensors.items()}, list(constants), "tl.float32"))
+    run[(-(-m // block_m) * -(-n // block_n) * split,)](*(tensors[name].contiguous() for name in ("X", "W", "S", *loop.pointers)), out, **constants)
+    y = out.sum(0) if split > 1 else out
+    return float((y - truth).norm() / truth.norm())
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    decode.Decoder.call = statements
+    print(json.dumps([[weight, given, *size, *tile, check(weight, given, *size, tile)] for weight, given in CASES for size, tile in zip(SIZES, TILES)]))

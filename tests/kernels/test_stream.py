@@ -1,0 +1,73 @@
+"""Streamed products: the loop in Triton's interpreter, tiles, refusals. Decoders are in test_decode, generated code in gpu_codegen, real GPUs in tests/gpu."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompile.core.scheme import Scheme
+from qcompile.kernels import stream, tuned
+from qcompile.kernels.op import Case
+
+CUDA = torch.device("cuda")
+
+
+def case(weight: str, given: str | None = None, m: int | None = 1, n: int = 4096, k: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Case:
+    x = Scheme.parse(given) if given else None
+    return Case(CUDA, x.fmt.dtype if x else dtype, Scheme.parse(weight), x, n, k, m, capability=(9, 0))
+
+
+@pytest.mark.slow
+def test_the_loop_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    child = subprocess.run([sys.executable, str(Path(__file__).with_name("interpret.py"))], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    rows = json.loads(child.stdout.splitlines()[-1])
+    assert len(rows) >= 60
+    for *about, error in rows:
+        limit = 3e-4 if about[0].split(".")[0] in ("nf4", "fp4") else 1e-6  # tables of 16 values are rounded to float16
+        assert error < limit, (about, error)
+
+
+@pytest.mark.parametrize(
+    ("weight", "given", "reason"),
+    [
+        ("int3.g128", None, "codes of 3 bits"), ("int4.g32", None, "not multiples of 64"), ("uint4.g128.min", None, "not multiples"), ("int8.row", "int8.g32", "not multiples"),
+        ("uint8.g128.point", None, "zero points of 8 bits"), ("int4.g64/int8.g16", None, "not one for each row"),
+    ],
+)  # fmt: skip
+def test_refusals(weight: str, given: str | None, reason: str) -> None:
+    assert reason in str(stream.supports(case(weight, given)))
+
+
+@pytest.mark.parametrize(("weight", "given"), [("int4.g128", None), ("nf4.g64/int8.row", None), ("e2m1.g64/e4m3.tensor", None), ("int4.g128", "int8.row"), ("e4m3.b128x128", "e4m3.g128"), ("int8.row", None)])
+def test_support(weight: str, given: str | None) -> None:
+    assert stream.supports(case(weight, given)) is None
+
+
+def test_float32_activations_are_not_streamed() -> None:
+    assert "float32" in str(stream.supports(case("int4.g128", dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 65, 257, 4096, None])
+@pytest.mark.parametrize("n", [16, 4096, 14336])
+def test_tiles_are_possible(m: int | None, n: int) -> None:
+    """Powers of two, sixteen rows of weights for each warp at least."""
+    for weight, given in (("int4.g128", None), ("int4.g128", "int8.row"), ("int8.row", "int8.row"), ("nf4.g64", None)):
+        tile = tuned.config(case(weight, given, m, n))
+        assert all(tile[name] & (tile[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps"))
+        assert tile["BLOCK_N"] >= 16 and 1 <= tile["SPLIT"] < 8 and tile["num_stages"] >= 1
+
+
+def test_the_nearest_row_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, wide, many = (16, 32, 1, 2, 4), (16, 64, 1, 4, 4), (128, 128, 1, 8, 3)
+    monkeypatch.setattr(tuned, "rows", lambda: {"16 @ int4": {(1, 4096, 14336): small, (1, 14336, 4096): wide, (4096, 4096, 4096): many}})
+    assert tuned.config(case("int4.g128", m=1, n=12000))["BLOCK_N"] == 64
+    assert tuned.config(case("int4.g128", m=1, n=4096, k=11008))["BLOCK_N"] == 32
+    assert tuned.config(case("int4.g128", m=2))["BLOCK_N"] == tuned.config(case("int4.g128", m=None))["BLOCK_N"] == 128
