@@ -149,7 +149,8 @@ def _many_rows(c: Case) -> Skip | None:
 
 
 def _stream_supports(c: Case) -> Skip | None:
-    return gpu_supports(c) or stream.supports(c)
+    refused = gpu_supports(c)
+    return stream.supports(c) if refused is None else refused
 
 
 def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:

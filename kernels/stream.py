@@ -93,7 +93,10 @@ class _Text:
             step += self._fetch(f"k + {BLOCK}")
         lines = [*self._range(), f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})"]
         lines.append(f"    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype={'tl.float32' if self.by_group else self.out})")
-        lines += [tiles.block("\n".join(self._fetch("start")), 1)] if self.by_group else []
+        if self.by_group:
+            lines.append(tiles.block("\n".join(self._fetch("start")), 1))
+        elif self.w.zero == "point":
+            lines.append(f"    z0 = tl.load({tiles.group_index(self.w, self.n, self.k, 'Z', '0')})")
         lines += [f"    for k in range(start, stop, {BLOCK}):", tiles.block("\n".join(step), 2), *self._scaled(), "    acc = tl.trans(acc)"]
         pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",))
         return tiles.Loop(pointers, "\n".join(lines))

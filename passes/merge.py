@@ -31,7 +31,7 @@ def merge(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
         if not isinstance(choice, Choice):
             continue
         site = gm.meta["sites"][node.meta["site"]]
-        if reason := _alone(node, site, choice):
+        if (reason := _alone(node, site, choice)) is not None:
             refused[site.name] = reason
         else:
             groups.setdefault((node.args[0], example(node).dtype, choice.input, choice.weight, choice.methods, choice.smooth, choice.heads, site.k, site.dtype), []).append(site.name)

@@ -22,7 +22,7 @@ from qcompile.kernels.quantize import reference as quantize_activations
 CASES = [
     ("int4.g128", None), ("int4.g64", None), ("uint4.g128.point", None), ("int4.row", None), ("int8.row", None), ("int8.g128", None), ("nf4.g64", None), ("nf4.g64/int8.row", None), ("fp4.g64", None),
     ("e2m1.g128/int8.tensor", None), ("int4.b64x128", None), ("int4.g128", "int8.row"), ("uint4.g128.point", "int8.row"), ("int4.g128.point", "int8.row"), ("int4.row", "int8.tensor"),
-    ("int8.row", "int8.row"), ("int8.g64", "int8.row"), ("int8.g128", "int8.g128"), ("int4.g128/int8.row", "int8.row"), ("uint4.row", "int8.row"),
+    ("uint4.row.point", None), ("uint4.row.point", "int8.row"), ("int8.row", "int8.row"), ("int8.g64", "int8.row"), ("int8.g128", "int8.g128"), ("int4.g128/int8.row", "int8.row"), ("uint4.row", "int8.row"),
 ]  # fmt: skip
 SIZES = [(1, 40, 256), (3, 33, 130), (19, 80, 520)]
 """Rows, N, K: K that ends inside a block of 128, N and rows that fill no tile."""
