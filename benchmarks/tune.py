@@ -36,7 +36,7 @@ EVERYWHERE = ("W4A8", "W4A16", "W8A8")
 """Recipes that are tuned for all shapes, the others for the first."""
 ROTATE, COPIES, REPLAYS = 6, 4, 7
 TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
-CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT")
+CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT", "UNROLL")
 BY_WARPS = ((16, 1), (32, 2), (64, 4))
 """BLOCK_N and warps: sixteen rows of weights for each, so that no warp decodes what another does."""
 
@@ -54,16 +54,19 @@ def candidates(recipe: str, m: int, n: int) -> Iterator[Tile]:
     """Tiles worth a try. Few rows of weights want K in parts, to have enough programs."""
     parts = (1,) if n > 8192 else (1, 2, 4)
     if m == 1:
-        yield from ((rows, width, split, warps, stages) for rows in (1, 16) for width, warps in BY_WARPS for split in parts for stages in (4, 6))
+        turns = ((1, 4), (1, 6), (2, 3))
+        yield from ((rows, width, split, unroll, warps, stages) for rows in (1, 16) for width, warps in BY_WARPS for split in parts for unroll, stages in turns)
     elif m <= 16:
-        yield from ((16, width, split, warps, stages) for width, warps in (*BY_WARPS, (128, 4), (128, 8)) for split in parts for stages in (3, 5))
+        shapes = (*BY_WARPS, (128, 4), (128, 8))
+        yield from ((16, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 5), (2, 3)))
     elif m <= 64:
-        yield from ((64, width, split, warps, stages) for width, warps in ((32, 4), (64, 4), (128, 4), (128, 8)) for split in parts for stages in (3, 5))
+        shapes = ((32, 4), (64, 4), (128, 4), (128, 8))
+        yield from ((64, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 4), (2, 3)))
     elif m <= 256:
-        shapes = ((128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4))
-        yield from ((rows, width, split, warps, stages) for rows, width, warps in shapes for split in parts[:2] for stages in (3, 4))
+        tiles_ = ((128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4))
+        yield from ((rows, width, split, 1, warps, stages) for rows, width, warps in tiles_ for split in parts[:2] for stages in (3, 4))
     elif recipe in ("W4A8", "W8A8", "FP8"):  # the others dequantize once and call the library
-        yield from ((rows, width, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
+        yield from ((rows, width, 1, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
 
 
 def jobs(only: str | None) -> list[Job]:
@@ -100,8 +103,8 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
 
 
 def constants(job: Job) -> dict[str, int]:
-    rows, width, split, warps, stages = job.tile
-    return {"BLOCK_M": rows, "BLOCK_N": width, "GROUP_M": GROUP_M, "SPLIT": split, "num_warps": warps, "num_stages": stages}
+    rows, width, split, unroll, warps, stages = job.tile
+    return {"BLOCK_M": rows, "BLOCK_N": width, "GROUP_M": GROUP_M, "SPLIT": split, "UNROLL": unroll, "num_warps": warps, "num_stages": stages}
 
 
 def compile_ahead(job: Job) -> tuple[Job, str]:

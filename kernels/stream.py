@@ -2,7 +2,7 @@
 second one. Each weight is decoded once for all rows of a tile, however few. ``y^T = W x^T``.
 
 The K loop takes 128 columns a step: one packed block, whose halves are two operands of 64, or one plain tile. Scales of groups are fetched a step ahead.
-``SPLIT`` programs may share a tile, each with its part of K: the output is then (SPLIT, M, N), and what reads it adds the parts up, in order.
+``UNROLL`` steps make one turn of the loop. ``SPLIT`` programs may share a tile, each with its part of K: the output is then (SPLIT, M, N), and what reads it adds the parts up, in order.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Text:
             lines.append(tiles.block("\n".join(self._fetch("start")), 1))
         elif self.w.zero == "point":
             lines.append(f"    z0 = tl.load({tiles.group_index(self.w, self.n, self.k, 'Z', '0')})")
-        lines += [f"    for k in range(start, stop, {BLOCK}):", tiles.block("\n".join(step), 2), *self._scaled(), "    acc = tl.trans(acc)"]
+        lines += [f"    for k in tl.range(start, stop, {BLOCK}, loop_unroll_factor=UNROLL):", tiles.block("\n".join(step), 2), *self._scaled(), "    acc = tl.trans(acc)"]
         pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",))
         return tiles.Loop(pointers, "\n".join(lines))
 

@@ -12,10 +12,10 @@ from importlib import resources
 
 from .op import Case
 
-FIELDS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+FIELDS = ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps", "num_stages")
 GROUP_M = 8
 """Rows of tiles that share columns of the weight in L2."""
-Tile = tuple[int, int, int, int, int]
+Tile = tuple[int, int, int, int, int, int]
 
 
 def arithmetic(c: Case) -> str:
@@ -51,10 +51,10 @@ def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: 
 def guess(m: int | None, n: int) -> Tile:
     """A tile for what nobody measured: 16 rows of weights for each warp while there are few rows of activations, tensor-core tiles of 64 x 128 and more beyond."""
     if m is not None and m <= 16:
-        return (16, 64 if n >= 8192 else 32, 1, 4 if n >= 8192 else 2, 4)
+        return (16, 64, 1, 1, 4, 4) if n >= 8192 else (16, 32, 1, 1, 2, 4)
     if m is not None and m <= 64:
-        return (_power(m), 64, 1, 4, 4)
-    return (128, 128, 1, 8, 3)
+        return (_power(m), 64, 1, 1, 4, 4)
+    return (128, 128, 1, 1, 8, 3)
 
 
 def _power(m: int) -> int:

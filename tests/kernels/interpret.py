@@ -55,7 +55,7 @@ def check(weight, given, m, n, k, tile):
     else:
         truth = linear.reference(tensors["X"], q.flatten(), weight)
     out = torch.full((split, m, n) if split > 1 else (m, n), float("nan"))
-    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT": split}
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT": split, "UNROLL": 1}
     template = loop.kernel(stream.HEADER, stream.SPLIT_FOOTER if split > 1 else tiles.FOOTER)
     run = load(render(template, {name: tuple(t.shape) for name, t in tensors.items()}, list(constants), "tl.float32"))
     run[(-(-m // block_m) * -(-n // block_n) * split,)](*(tensors[name].contiguous() for name in ("X", "W", "S", *loop.pointers)), out, **constants)

@@ -61,12 +61,12 @@ def test_tiles_are_possible(m: int | None, n: int) -> None:
     """Powers of two, sixteen rows of weights for each warp at least."""
     for weight, given in (("int4.g128", None), ("int4.g128", "int8.row"), ("int8.row", "int8.row"), ("nf4.g64", None)):
         tile = tuned.config(case(weight, given, m, n))
-        assert all(tile[name] & (tile[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps"))
+        assert all(tile[name] & (tile[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps"))
         assert tile["BLOCK_N"] >= 16 and 1 <= tile["SPLIT"] < 8 and tile["num_stages"] >= 1
 
 
 def test_the_nearest_row_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, wide, many = (16, 32, 1, 2, 4), (16, 64, 1, 4, 4), (128, 128, 1, 8, 3)
+    small, wide, many = (16, 32, 1, 1, 2, 4), (16, 64, 1, 1, 4, 4), (128, 128, 1, 1, 8, 3)
     monkeypatch.setattr(tuned, "rows", lambda: {"16 @ int4": {(1, 4096, 14336): small, (1, 14336, 4096): wide, (4096, 4096, 4096): many}})
     assert tuned.config(case("int4.g128", m=1, n=12000))["BLOCK_N"] == 64
     assert tuned.config(case("int4.g128", m=1, n=4096, k=11008))["BLOCK_N"] == 32
