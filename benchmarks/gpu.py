@@ -83,7 +83,7 @@ def linear(case: GpuCase, m: int, n: int, k: int, about: dict[str, Any]) -> dict
     return {**row, "right": error < 1e-2, "goal_us": goal, "peer_us": dict(case.peer).get(m) if (n, k) == SHAPE else None, "met": us <= goal if goal else None, "compile_s": round(seconds, 2)}
 
 
-def decode(name: str, recipe: str | None, head: str | None, dtype: torch.dtype = torch.bfloat16, context: int = 128, steps: int = 24) -> dict[str, Any]:
+def decode(name: str, recipe: str | None, head: str | None, dtype: torch.dtype = torch.bfloat16, context: int = 128, steps: int = 24, room: int = 256) -> dict[str, Any]:
     """Tokens a second of one sequence. ``recipe`` None is transformers' eager model as it comes, in ``dtype``; "bf16" the same compiled by Inductor."""
     import transformers
 
@@ -95,7 +95,7 @@ def decode(name: str, recipe: str | None, head: str | None, dtype: torch.dtype =
     with torch.device("cuda"):
         model = transformers.LlamaForCausalLM(config).eval()
     torch.set_default_dtype(before)
-    cache = transformers.StaticCache(config=config, max_cache_len=context + steps + 8)
+    cache = transformers.StaticCache(config=config, max_cache_len=context + room)  # the cache counts its tokens itself: warm-up, and all that is captured and replayed, must fit
     ids = torch.randint(0, VOCABULARY, (1, context), device="cuda")
     start = time.perf_counter()
     model(ids, past_key_values=cache, use_cache=True, cache_position=torch.arange(context, device="cuda"))

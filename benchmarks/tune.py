@@ -28,6 +28,7 @@ from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
 from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the pool's processes: with a thread for each core in each of them nothing moves
 OUT = Path(__file__).resolve().parents[1] / "kernels" / "tuned.json"
 RECIPES = {"W4A8": ("int4.g128", "int8.row"), "W4A16": ("int4.g128", None), "W8A8": ("int8.row", "int8.row"), "FP8": ("e4m3.row", "e4m3.row"), "NF4": ("nf4.g64", None), "W8A16": ("int8.row", None)}
 SHAPES = ((14336, 4096), (4096, 14336), (6144, 4096))

@@ -20,7 +20,7 @@ from qcompile.core.scheme import Scheme
 
 from . import stream, tiles, tuned
 from .cpu import ops as cpu
-from .op import LARGE, Case, Kernel, Op, rows_of, target, two_dimensional
+from .op import MIDDLE, Case, Kernel, Op, rows_of, target, two_dimensional
 
 
 def reference(x: Tensor, weight: Sequence[Tensor], scheme: str) -> Tensor:
@@ -116,8 +116,8 @@ def _stream_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
 
 
 def _many_rows(c: Case) -> Skip | None:
-    if c.dtype.itemsize != 2 or c.m is None or c.m < LARGE:
-        return Skip(f"fewer than {LARGE} rows of 16 bits")
+    if c.dtype.itemsize != 2 or c.m is None or c.m <= MIDDLE:
+        return Skip(f"not more than {MIDDLE} rows of 16 bits")
     return gpu_supports(c)
 
 

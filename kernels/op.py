@@ -133,8 +133,8 @@ def _lower(op: Op, *args: Any) -> Any:
     return kernel.lower(case, *args)
 
 
-FEW, LARGE = 64, 1024
-"""Rows of activations: up to FEW a product is bound by reading the weight, from LARGE on by arithmetic. A dynamic number of rows is compiled for one of the three regimes, so that a growing
+FEW, MIDDLE = 64, 256
+"""Rows of activations: up to FEW a product is bound by reading the weight, beyond MIDDLE by arithmetic. A dynamic number of rows is compiled for one of the three regimes, so that a growing
 batch is compiled three times at most."""
 
 
@@ -143,7 +143,7 @@ def rows_of(size: Any, device: torch.device) -> int | None:
     known = compat.static_int(size)
     if known is not None or device.type != "cuda":
         return known
-    return FEW if compat.at_most(size, FEW) else 256 if compat.at_most(size, LARGE - 1) else 4096
+    return FEW if compat.at_most(size, FEW) else MIDDLE if compat.at_most(size, MIDDLE) else 4096
 
 
 def two_dimensional(x: Tensor) -> Tensor:

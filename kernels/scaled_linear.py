@@ -22,9 +22,7 @@ from qcompile.core.scheme import GROUPS, Scheme
 from . import stream, tiles, tuned
 from .cpu import ops as cpu
 from .linear import blocks, flat_scales, unnested
-from .op import LARGE, Case, Kernel, Op, rows_of, target, two_dimensional
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+from .op import MIDDLE, Case, Kernel, Op, rows_of, target, two_dimensional
 
 
 def spell(x: Scheme, weight: Scheme) -> str:
@@ -90,7 +88,7 @@ def gpu_supports(c: Case) -> Skip | None:
         return Skip(f"weights with float minima ({w}) have no kernel for quantized activations")
     if not tiles.whole_subtiles(w, c.k) or not tiles.whole_subtiles(x, c.k):
         return Skip(f"groups must be multiples of {tiles.SUB} columns, found {x} and {w}")
-    if x.fmt.native in FP8 and w.fmt.native in FP8:
+    if x.fmt.native in stream.FP8 and w.fmt.native in stream.FP8:
         if c.compute_capability < (8, 9):
             return Skip(f"FP8 matmul needs compute capability 8.9, this device has {c.compute_capability}")
         return None
@@ -143,8 +141,8 @@ def _many_rows(c: Case) -> Skip | None:
     """Where ``passes/library`` puts cuBLAS in the op's place, once it sees that bfloat16 is wanted; else the op is streamed."""
     assert c.input is not None
     whole = c.weight.scale is None and c.input.group == c.weight.group and c.input.group in GROUPS.values()
-    if c.m is None or c.m < LARGE or not whole or {c.input.fmt.name, c.weight.fmt.name} != {"e4m3"} or c.n % 16 or c.k % 16:
-        return Skip(f"not {LARGE} or more rows of E4M3")
+    if c.m is None or c.m <= MIDDLE or not whole or {c.input.fmt.name, c.weight.fmt.name} != {"e4m3"} or c.n % 16 or c.k % 16:
+        return Skip(f"not more than {MIDDLE} rows of E4M3")
     return gpu_supports(c)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from qcompile import compat
 from qcompile.core.errors import Skip
 from qcompile.core.layouts import BLOCK
@@ -19,6 +21,7 @@ from . import decode, tiles
 from .op import Case
 from .tiles import SUB
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BYTES = 8
 """Bits of a code that needs no unpacking."""
 
@@ -34,8 +37,8 @@ def supports(c: Case) -> Skip | None:
         return Skip(f"scales of {w} are not one for each row")
     if x is None and c.dtype.itemsize != 2:
         return Skip(f"activations are {c.dtype}")
-    if w.fmt.bits == BYTES and w.zero != "none":
-        return Skip(f"{w} has zero points of 8 bits")
+    if w.fmt.bits == BYTES and (w.zero != "none" or (w.fmt.name != "int8" and w.fmt.native not in FP8)):
+        return Skip(f"{w} is not int8 or FP8 without zero points")
     return None
 
 
@@ -118,11 +121,12 @@ class _Text:
             lines += [f"code = tl.load(W + rn[:, None] * stride_wn + (k // {BLOCK} * {SUB} + column)[None, :])", self.decoder.call("code", "w0", "w1")]
         for i, (columns, at) in enumerate(self._pieces()):
             index = f"k + {at} + {'column' if columns == SUB else 'wide'}"
-            mask = "" if self.even else f", mask=({index} < K)[None, :], other=0"
+            mask = "" if self.even else f", mask=({index} < K)[None, :], other={0 if self.integer else 0.0}"
             lines.append(f"x{i} = tl.load(X + rm[:, None] * stride_xm + ({index})[None, :]{mask})")
             if not self.packed:
                 name = f"code{i}" if self.decoder else f"w{i}"
-                lines.append(f"{name} = tl.load(W + rn[:, None] * stride_wn + ({index})[None, :]{mask})")
+                zero = "" if self.even else f", mask=({index} < K)[None, :], other={0 if self.w.fmt.kind == 'int' else 0.0}"
+                lines.append(f"{name} = tl.load(W + rn[:, None] * stride_wn + ({index})[None, :]{zero})")
                 if self.decoder:
                     lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}"))
                 elif not self.integer and self.x is None:

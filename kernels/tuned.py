@@ -22,7 +22,9 @@ def arithmetic(c: Case) -> str:
     """``input @ weight``: what decides how fast a tile is, beside its size."""
     w = c.weight.fmt
     kind = w.name if w.bits == 8 else f"{'int' if w.kind == 'int' else 'table'}{w.bits}"
-    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}"
+    groups = [s.extent(1, c.k)[1] for s in (c.weight, c.input) if s is not None]
+    by_group = " by group" if w.bits == 8 and min(groups) < c.k else ""  # two sums in registers; 4 bits are mostly by group
+    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}{by_group}"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Large FP8 products go to the library. From ``LARGE`` rows on cuBLAS is ahead of any template, and where what reads the product wants bfloat16, its rounding is the one that would follow anyway.
+"""Large FP8 products go to the library. Beyond ``MIDDLE`` rows cuBLAS is ahead of any template, and where what reads the product wants bfloat16, its rounding is the one that would follow anyway.
 
 Runs on the post-grad graph, where the cast behind a product can be seen. The int8 library has no scales, and 16-bit ones are reached by ``dequantize`` (``kernels/linear.py``).
 """
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qcompile.core.scheme import GROUPS
-from qcompile.kernels.op import LARGE, rows_of
+from qcompile.kernels.op import MIDDLE, rows_of
 from qcompile.kernels.scaled_linear import parse
 
 from .narrow import CAST, cast_behind, is_product
@@ -34,7 +34,7 @@ def _fits(node: fx.Node) -> bool:
         return False
     whole = x.group == w.group and x.group in GROUPS.values()
     rows = rows_of(value.shape[0], value.device) if whole and value.dim() == 2 and value.shape[1] % 16 == 0 and k % 16 == 0 else None
-    return rows is not None and rows >= LARGE
+    return rows is not None and rows > MIDDLE
 
 
 def _replace(graph: fx.Graph, node: fx.Node, cast: fx.Node) -> None:

@@ -22,7 +22,7 @@ from qcompile.kernels.quantize import reference as quantize_activations
 CASES = [
     ("int4.g128", None), ("int4.g64", None), ("uint4.g128.point", None), ("int4.row", None), ("int8.row", None), ("int8.g128", None), ("nf4.g64", None), ("nf4.g64/int8.row", None), ("fp4.g64", None),
     ("e2m1.g128/int8.tensor", None), ("int4.b64x128", None), ("int4.g128", "int8.row"), ("uint4.g128.point", "int8.row"), ("int4.g128.point", "int8.row"), ("int4.row", "int8.tensor"),
-    ("uint4.row.point", None), ("uint4.row.point", "int8.row"), ("int8.row", "int8.row"), ("int8.g64", "int8.row"), ("int8.g128", "int8.g128"), ("int4.g128/int8.row", "int8.row"), ("uint4.row", "int8.row"),
+    ("uint4.row.point", None), ("uint4.row.point", "int8.row"), ("int8.row", "int8.row"), ("int8.g64", "int8.row"), ("int8.g128", "int8.g128"), ("int4.g128/int8.row", "int8.row"), ("uint4.row", "int8.row"), ("e4m3.row", "e4m3.row"), ("e4m3.b64x128", "e4m3.g128"), ("e5m2.row", "e4m3.row"), ("e4m3.row", None), ("e5m2.g64", None),
 ]  # fmt: skip
 SIZES = [(1, 40, 256), (3, 33, 130), (19, 80, 520)]
 """Rows, N, K: K that ends inside a block of 128, N and rows that fill no tile."""
@@ -44,7 +44,7 @@ def check(weight, given, m, n, k, tile):
     values = torch.randn(n, k)
     q = quantize(values.abs() if w.fmt.lo == 0 and w.zero == "none" else values, w)
     rows = torch.randn(m, k)
-    dot = "tl.int8" if given else "tl.float16"
+    dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
     block_m, block_n, split = tile
     loop = stream.loop(x, w, n, k, dot, split > 1)
     tensors = {"X": rows.half(), **dict(zip(["W", "S", *(p for p in loop.pointers if p in ("SS", "Z"))], q.flatten()))}
