@@ -212,7 +212,9 @@ class Run:
             solution.q = solution.to(torch.device("cpu")).q
 
     def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
-        line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, solution.notes, member.choice, spread)
+        balanced = self.folder.balanced.notes.get(member.site.name) if self.folder is not None else None
+        notes = (*solution.notes, *([balanced] if balanced else []))
+        line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, notes, member.choice, spread)
         self.outcome.solved.append(line)
         self.outcome.tokens = max(self.outcome.tokens, solution.tokens)
         self.said(line)

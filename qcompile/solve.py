@@ -27,8 +27,10 @@ from qcompile.passes.method import Linears
 from qcompile.passes.sites import Site
 from qcompile.sqnr import level
 
-SETTINGS = {"equalize": (), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
+SETTINGS = {"equalize": ("absorb",), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
 """Steps of a recipe that are neither a transform nor a solver, and their arguments."""
+SWITCHES = {"equalize": ("absorb",)}
+"""Arguments of these that are True or False."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
                 raise unknown("argument", key, known or ["none"], f"{method} in {where}")
         if method.name == "outliers" and method.options.get("weights", "kept") not in ("kept", "codes"):
             raise unknown("value", method.options["weights"], ("kept", "codes"), f"{method} in {where}")
+        if flags := [key for key in SWITCHES.get(method.name, ()) if not isinstance(method.options.get(key, False), bool)]:
+            raise OptionError(f"{method} in {where}: {flags[0]} is True or False, not {method.options[flags[0]]!r}")
         if method.name == "range" and method.options.get("rule") not in NEEDS:
             raise unknown("range rule", method.options.get("rule"), NEEDS, f"{method} in {where}")
 

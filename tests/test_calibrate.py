@@ -467,6 +467,7 @@ def test_methods_in_passes():
         (["smooth(0.5)"], "a step reads 'name' or"),
         (["bias(x=1)"], r"unknown argument 'x' in bias\(x=1\).*Known: none"),
         (["outliers(column=3)"], r"unknown argument 'column'.*threshold, columns, dynamic"),
+        (["equalize(absorb=1)"], r"absorb is True or False, not 1"),
         (["lower"], "always runs"),
         ([3], "3"),
     ],
