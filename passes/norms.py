@@ -72,7 +72,8 @@ def mean_before(gm: fx.GraphModule, site: str, live: Callable[[int], Tensor]) ->
         return norm
     if norm.beta is None and not norm.relu:
         return Skip("the norm before has no shift, which makes the mean of its output zero")
-    return mean_after_norm(value(norm.gamma, live), None if norm.beta is None else value(norm.beta, live), 0.0 if norm.relu else -math.inf)
+    with compat.no_dispatch_modes():
+        return mean_after_norm(value(norm.gamma, live), None if norm.beta is None else value(norm.beta, live), 0.0 if norm.relu else -math.inf)
 
 
 def value(vector: fx.Node, live: Callable[[int], Tensor]) -> Tensor:

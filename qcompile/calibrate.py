@@ -27,11 +27,12 @@ from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
+from qcompile.passes.norms import mean_before
 from qcompile.passes.producers import place, shared
 from qcompile.passes.sites import Param, Site, view
 from qcompile.replay import Call, Unit
 from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
-from qcompile.solve import Member, from_statistics, needs_data
+from qcompile.solve import Member, analytical, from_statistics, needs_data
 from qcompile.statistics import Calibration
 from qcompile.weights import TABLE, owners
 
@@ -276,7 +277,8 @@ def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibrat
     for sites in groups.values():
         sites = sorted(sites, key=lambda s: list(gm.meta["sites"]).index(s.name))
         seen = calibration.of(sites[0], inputs[sites[0].param.index].device)
-        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view)) for s in sites]
+        means = [mean_before(gm, s.name, inputs.__getitem__) if analytical(gm.meta["plan"][s.name]) else None for s in sites]
+        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view), mean) for s, mean in zip(sites, means)]
         with compat.no_dispatch_modes(), torch.no_grad():
             spot = place(gm, [s.name for s in sites])
             for member, solution in zip(members, from_statistics(members, seen, lambda v, spot=spot: shared(v, spot), str(calibration))):  # type: ignore[misc]

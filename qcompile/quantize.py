@@ -88,7 +88,7 @@ def quantize(
 def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> Iterable[Any]:
     if data is not None:
         return data
-    methods = tuple(m for m in options.recipe.methods if m.name != "equalize")
+    methods = tuple(m for m in options.recipe.methods if m.name != "equalize" and not (m.name == "bias" and m.options.get("data") is False))  # these look at weights alone
     if options.recipe.static or needs_data(Choice(Scheme.parse("int8.row"), methods=methods)):  # methods need data whatever the scheme
         raise CalibrationError(f"recipe {options.recipe.name} needs data: quantize(model, {options.recipe.name!r}, batches)")
     dummy = getattr(model, "dummy_inputs", None)

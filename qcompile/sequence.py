@@ -22,10 +22,11 @@ from qcompile.core.solution import Solution
 from qcompile.core.stats import check_finite, merge_all, new, update_all
 from qcompile.memory import is_released
 from qcompile.passes import SOLVERS, experts, producers
+from qcompile.passes.norms import mean_before
 from qcompile.passes.sites import Site, view
 from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
-from qcompile.solve import Member, Observed, Product, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.solve import Member, Observed, Product, analytical, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
 from qcompile.weights import TABLE, fingerprint, owners
 
 HELD = 1 << 30
@@ -237,7 +238,7 @@ class Run:
         w = view(p.detach(), site.view)
         if bad := check_finite(w):
             raise WeightError(f"the weight of {site.path} has {bad} values that are NaN or infinite; it cannot be quantized, and the model is as it was. Keep it: ignore=[{site.path!r}]")
-        return Member(site, unit.plan[name], w)
+        return Member(site, unit.plan[name], w, mean_before(unit.gm, name, unit.live) if analytical(unit.plan[name]) else None)
 
     def _solution(self, unit: Unit, site: Site, choice: Choice) -> Solution | None:
         return TABLE.record(unit.parameter(site), site.path).solutions.get(solution_key(site, choice))

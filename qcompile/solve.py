@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcompile.core.errors import CalibrationError, OptionError, unknown
+from qcompile.core.errors import CalibrationError, OptionError, Skip, unknown
 from qcompile.core.qtensor import QTensor, dequantize, quantize, split_rows
 from qcompile.core.ranges import NEEDS, needed, static_range
 from qcompile.core.recipe import Choice, Method
@@ -27,19 +27,20 @@ from qcompile.passes.method import Linears
 from qcompile.passes.sites import Site
 from qcompile.sqnr import level
 
-SETTINGS = {"equalize": ("absorb",), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
+SETTINGS = {"equalize": ("absorb",), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ("data",)}
 """Steps of a recipe that are neither a transform nor a solver, and their arguments."""
-SWITCHES = {"equalize": ("absorb",)}
+SWITCHES = {"equalize": ("absorb",), "bias": ("data",)}
 """Arguments of these that are True or False."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One site of a group: its choice and its weight, (N, K) or (E, N, K), as the site reads it."""
+    """One site of a group: its choice and its weight, (N, K) or (E, N, K), as the site reads it; for ``bias(data=False)`` also E[x] (K,) as the norm before implies it, or why it does not."""
 
     site: Site
     choice: Choice
     weight: Tensor
+    mean: Tensor | Skip | None = None
 
 
 @dataclass
@@ -95,13 +96,18 @@ def first_needs(choice: Choice) -> tuple[str, ...]:
 def then_needs(choice: Choice) -> tuple[str, ...]:
     """Statistics of the input as the quantized product reads it: for the solver, the bias and the range."""
     found = [name for m in choice.methods if m.name in SOLVERS for name in SOLVERS[m.name].needs]
-    found += ["moments"] if any(m.name == "bias" for m in choice.methods) else []
+    found += ["moments"] if any(m.name == "bias" and m.options.get("data", True) for m in choice.methods) else []
     return tuple(dict.fromkeys([*found, *([needed(rule_of(choice), choice.input)] if choice.input is not None and choice.input.static else [])]))
 
 
 def needs_data(choice: Choice) -> bool:
     """Something about this site has to be found before it is rounded."""
-    return bool(first_needs(choice) or then_needs(choice) or equalized(choice))
+    return bool(first_needs(choice) or then_needs(choice) or equalized(choice) or analytical(choice))
+
+
+def analytical(choice: Choice) -> bool:
+    """The mean of the input is that of the norm before, not of data: see ``qcompile.passes.norms``."""
+    return any(m.name == "bias" and not m.options.get("data", True) for m in choice.methods)
 
 
 def equalized(choice: object) -> bool:
@@ -167,12 +173,23 @@ def complete(members: Sequence[Member], shared: Solution, seen: Observed) -> lis
             out[i].q, out[i].notes = q, (*shared.notes, *notes)
             out[i].seconds = (time.perf_counter() - start) / len(batch)
     if any(m.name == "bias" for m in choice.methods):
+        _correct(members, out, shared, seen)
+    return out
+
+
+def _correct(members: Sequence[Member], out: Sequence[Solution], shared: Solution, seen: Observed) -> None:
+    """Corrections of the biases, by the mean of the data or of the norm before."""
+    mean = members[0].mean
+    if not analytical(members[0].choice):
         moments = seen.stats["moments"]
         mean = (moments["sum"] / moments["count"].clamp(min=1)).float()
-        for m, s in zip(members, out):
-            if m.weight.dim() == 2 and s.q is not None:
-                s.bias = bias.correction(s.prepared(m.weight), s.q, mean)
-    return out
+    elif isinstance(mean, Tensor) and (s := inverse(shared, members[0].site.k, mean.device)) is not None:
+        mean = mean / s
+    for m, solution in zip(members, out):
+        if not isinstance(mean, Tensor):
+            solution.notes = (*solution.notes, f"the bias is not corrected without data: {mean}")
+        elif m.weight.dim() == 2 and solution.q is not None:
+            solution.bias = bias.correction(solution.prepared(m.weight), solution.q, mean)
 
 
 def _solve(batch: Sequence[int], members: Sequence[Member], out: Sequence[Solution], seen: Observed) -> list[tuple[int, QTensor, tuple[str, ...]]]:
