@@ -15,7 +15,7 @@ from torch import Tensor
 from qcompile.core.errors import CalibrationError, OptionError, Skip, unknown
 from qcompile.core.qtensor import QTensor, dequantize, quantize, split_rows
 from qcompile.core.ranges import NEEDS, needed, static_range
-from qcompile.core.recipe import Choice, Method
+from qcompile.core.recipe import Choice, Method, Recipe
 from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
 from qcompile.core.stats import Stats, rescale_all
@@ -79,6 +79,16 @@ def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
             raise OptionError(f"{method} in {where}: {flags[0]} is True or False, not {method.options[flags[0]]!r}")
         if method.name == "range" and method.options.get("rule") not in NEEDS:
             raise unknown("range rule", method.options.get("rule"), NEEDS, f"{method} in {where}")
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """``check`` of a recipe's steps; raises OptionError for a range rule, too, where no range is fixed."""
+    check(recipe.methods, where)
+    if not recipe.static and (steps := [m for m in recipe.methods if m.name == "range"]):
+        raise OptionError(
+            f"{where}: {steps[0]} is how the range of a static input is found, and recipe {recipe.name} has none: its inputs are {recipe.input or 'in 16 bits'}. "
+            "Take input='int8.tensor.static', or leave the step out"
+        )
 
 
 def _arguments(fn: Callable[..., object]) -> list[str]:

@@ -465,7 +465,7 @@ def test_methods_in_passes():
         (["range(rule='klx')"], r"unknown range rule 'klx'.*percentile"),
         (["range"], r"unknown range rule None"),
         (["smooth(0.5)"], "a step reads 'name' or"),
-        (["bias(x=1)"], r"unknown argument 'x' in bias\(x=1\).*Known: none"),
+        (["bias(x=1)"], r"unknown argument 'x' in bias\(x=1\).*Known: data"),
         (["outliers(column=3)"], r"unknown argument 'column'.*threshold, columns, dynamic"),
         (["equalize(absorb=1)"], r"absorb is True or False, not 1"),
         (["lower"], "always runs"),
@@ -524,6 +524,18 @@ def test_a_dynamic_range_needs_no_data():
     with said() as texts, torch.no_grad():
         torch.compile(model, backend="qcompile", options={"recipe": "LLM_INT8", "lower": "eager"})(XS[0])
     assert not texts
+
+
+def test_a_range_rule_wants_a_static_input():
+    """Accepted, it would do nothing."""
+    from qcompile.core.recipe import Recipe, Rule
+
+    for given, found in (({}, "int8.row"), ({"recipe": "W4A16"}, "in 16 bits"), ({"recipe": "W8A8_STATIC", "input": "int8.row"}, "int8.row")):
+        with pytest.raises(OptionError, match=rf"range\(rule='mse'\) .* its inputs are {found}. Take input='int8.tensor.static'"):
+            Options.parse({**given, "passes": ["range(rule='mse')"]})
+    with pytest.raises(OptionError, match="recipe mine: range"):
+        Options.parse({"recipe": Recipe("mine", "int8.row", "int8.row", passes=("range(rule='kl')",))})
+    Options.parse({"recipe": Recipe("mine", "int8.row", rules=(Rule("a", "int8.row", "int8.tensor.static"),), passes=("range(rule='kl')",))})
 
 
 def test_rules_of_the_recipe_go_by_site():
