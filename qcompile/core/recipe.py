@@ -192,6 +192,8 @@ _ROWS = (
     Recipe("INT8_ROWWISE", "int8.tensor", "int8.row", doc="baseline of the LLM.int8() paper: activations per token, one range for the weight"),
     Recipe("INT8_VECTORWISE", "int8.row", "int8.row", doc="baseline of the LLM.int8() paper: as W8A8"),
     Recipe("INT8_VECTORWISE_ZEROPOINT", "int8.row.point", "int8.row.point", doc="baseline of the LLM.int8() paper: vector-wise, asymmetric"),
+    Recipe("INT8_ABSMAX_DECOMPOSED", "int8.tensor", "int8.tensor", passes=("outliers(threshold=6.0)",), doc="INT8_ABSMAX beside 16-bit outlier columns"),
+    Recipe("INT8_ZEROPOINT_DECOMPOSED", "int8.tensor.point", "int8.tensor.point", passes=("outliers(threshold=6.0)",), doc="INT8_ZEROPOINT beside 16-bit outlier columns"),
     Recipe("INT8_ROWWISE_DECOMPOSED", "int8.tensor", "int8.row", passes=("outliers(threshold=6.0)",), doc="baseline of the LLM.int8() paper: row-wise beside 16-bit outlier columns"),
     Recipe("LLM_INT8_ZEROPOINT", "int8.row.point", "int8.row.point", passes=("outliers(threshold=6.0)",), doc="LLM.int8() with asymmetric ranges"),
 )

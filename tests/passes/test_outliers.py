@@ -10,7 +10,7 @@ from torch import nn
 
 from qcompile.calibrate import calibrate
 from qcompile.core.qtensor import dequantize, quantize
-from qcompile.core.recipe import Choice, Method
+from qcompile.core.recipe import RECIPES, Choice, Method
 from qcompile.core.scheme import Scheme
 from qcompile.passes import outliers
 from qcompile.weights import TABLE
@@ -193,6 +193,21 @@ def test_static_keeps_the_columns_in_16_bits(columns):
         want = ((z / scale).round() * scale) @ w.T + x[:, found] @ linear.weight[:, found].T + linear.bias
         assert close(y, want, 1e-5)
     assert (f"{len(found)} outlier columns" in sitting.outcome.solved[0].choice) == bool(found)
+
+
+@pytest.mark.parametrize("name", ["INT8_ABSMAX", "INT8_ZEROPOINT", "INT8_ROWWISE"])
+def test_baselines_with_and_without_decomposition(name):
+    """Each plain baseline of the paper has a twin that keeps outlier columns, and is better where there are any."""
+    model, x = nn.Sequential(one()), data(64, columns=(5, 7))
+    errors = []
+    for recipe in (name, name + "_DECOMPOSED"):
+        fast = torch.compile(model, backend="qcompile", options={"recipe": recipe, "lower": "eager"})
+        with said(), calibrate(fast, progress=False), torch.no_grad():
+            fast(x)
+        with torch.no_grad():
+            errors.append(float((fast(x) - model(x)).norm() / model(x).norm()))
+    assert RECIPES[name + "_DECOMPOSED"].weight == RECIPES[name].weight and RECIPES[name + "_DECOMPOSED"].input == RECIPES[name].input
+    assert errors[1] < 0.5 * errors[0], errors
 
 
 def test_no_outliers_no_split():
