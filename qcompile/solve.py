@@ -144,6 +144,8 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
         if method.name in TRANSFORMS:
             s = torch.ones(members[0].site.k, device=members[0].weight.device) if shared.smooth is None else shared.smooth
             at = seen.rescaled(s) if shared.smooth is not None else seen
+            if "hessian" in TRANSFORMS[method.name].needs and seen.tokens < members[0].site.k:
+                shared.notes = (*shared.notes, f"{method.name} searched on {seen.tokens} tokens for {members[0].site.k} input channels: data of more kinds may ask for another vector")
             v = TRANSFORMS[method.name].fn(Linears(_matrices(members, s), _schemes(members), choice.input, at.stats), **method.options)
             shared.smooth = legal(s * v.float())
             every = torch.arange(1.0, members[0].site.k + 1, device=s.device)  # a vector that nothing is equal in
@@ -208,14 +210,18 @@ def _solve(batch: Sequence[int], members: Sequence[Member], out: Sequence[Soluti
     method = next((m for m in first.choice.methods if m.name in SOLVERS), Method("rtn"))
     scheme = first.choice.weight
     if first.weight.dim() == 3:
-        parts, notes = [], []
+        parts, notes, few = [], [], []
         for e in range(first.weight.shape[0]):
             its = seen.experts[e] if seen.experts else seen
             use, w = method, out[batch[0]].prepared(first.weight[e])
             if SOLVERS[method.name].needs and its.tokens == 0:
                 use = Method("rtn")
                 notes.append(f"expert {e} saw no token: rounded to nearest")
+            elif "hessian" in SOLVERS[method.name].needs and its.tokens < first.site.k:
+                few.append(its.tokens)
             parts.append(SOLVERS[use.name].fn(w, scheme, its.stats, **use.options).flatten())
+        if few:
+            notes.append(f"{len(few)} of {first.weight.shape[0]} experts saw fewer tokens than the {first.site.k} input channels, one as few as {min(few)}: their Hessians are singular and lean on damping")
         q = QTensor.unflatten([torch.stack(t) for t in zip(*parts)], scheme, first.site.k)
         return [(batch[0], q, tuple(notes))]
     stacked = torch.cat([out[i].prepared(members[i].weight) for i in batch])

@@ -155,6 +155,10 @@ def test_the_first_call_calibrates():
 def test_too_few_tokens_are_named():
     _, texts = sit(compiled(Mlp()), [rows(5, 32)])
     assert any("a: 5 tokens for 32 input channels: the Hessian is singular" in t for t in texts)
+    _, texts = sit(compiled(Mlp(), passes=["awq"]), [rows(5, 32)])
+    assert any("a: awq searched on 5 tokens for 32 input channels" in t for t in texts)
+    for passes in (["awq"], ["smooth"], ["gptq"]):
+        assert not any("tokens for" in t for t in sit(compiled(Mlp(), passes=passes), XS)[1])
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------------------
