@@ -32,7 +32,7 @@ from qcompile.passes.producers import place, shared
 from qcompile.passes.sites import Param, Site, view
 from qcompile.replay import Call, Unit
 from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
-from qcompile.solve import Member, analytical, from_statistics, needs_data
+from qcompile.solve import Member, analytical, from_statistics, inapplicable, needs_data
 from qcompile.statistics import Calibration
 from qcompile.weights import TABLE, owners
 
@@ -240,7 +240,7 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
     What is not solved yet comes from ``options.calibration``, from calls that were recorded, or from this call itself.
     """
     sites = {name: (gm.meta["sites"][name], c) for name, c in gm.meta["plan"].items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))}
-    missing, note = [], "known from an earlier call"
+    missing, left, note = [], Outcome(), "known from an earlier call"
     names = owners() if any(site.stored for site, _ in sites.values()) else {}
     for site, choice in sites.values():
         record = TABLE.record(inputs[site.param.index], site.path)
@@ -252,7 +252,10 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
             elif needs_data(choice):
                 missing.append(site)
             else:
-                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(), site.path)
+                notes = inapplicable(choice, view(inputs[site.param.index], site.view))
+                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(notes=notes), site.path)
+                left.solved.append(Solved(site.path, str(choice), None, 0, 0.0, notes, choice))
+    _warn_of(left)
     if missing and options.calibration is not None:
         note = _from_calibration(gm, inputs, options.calibration, [s.name for s in missing])
     elif missing:

@@ -151,11 +151,7 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
             every = torch.arange(1.0, members[0].site.k + 1, device=s.device)  # a vector that nothing is equal in
             shared.heads = not torch.equal(legal(every), every)
     for method in choice.methods:
-        if method.name != "outliers":
-            continue
-        if members[0].weight.dim() == 3:
-            shared.notes = (*shared.notes, "stacked experts are not split: their outlier columns are quantized with the others")
-        elif not method.options.get("dynamic"):
+        if method.name == "outliers" and members[0].weight.dim() == 2 and not method.options.get("dynamic"):
             stats = seen.rescaled(shared.smooth).stats if shared.smooth is not None and method.options.get("columns") else seen.stats
             shared.outliers = outliers.columns(stats, **method.options)  # type: ignore[arg-type]
     return shared
@@ -171,6 +167,12 @@ def inverse(shared: Solution, k: int, device: torch.device) -> Tensor | None:
     return s
 
 
+def inapplicable(choice: Choice, weight: Tensor) -> tuple[str, ...]:
+    """Notes of a site's steps that stacked experts, (E, N, K), have no form of."""
+    said = {"outliers": "stacked experts are not split: their outlier columns are quantized with the others", "bias": "stacked experts get no correction of a bias"}
+    return tuple(said[m.name] for m in choice.methods if m.name in said) if weight.dim() == 3 else ()
+
+
 def complete(members: Sequence[Member], shared: Solution, seen: Observed) -> list[Solution]:
     """The members' solutions: codes, static range, correction. ``seen`` is the input as the dense product reads it."""
     out = [replace(shared, notes=()) for _ in members]
@@ -182,7 +184,7 @@ def complete(members: Sequence[Member], shared: Solution, seen: Observed) -> lis
     for batch in _batches(members):
         start = time.perf_counter()
         for i, q, notes in _solve(batch, members, out, seen):
-            out[i].q, out[i].notes = q, (*shared.notes, *notes)
+            out[i].q, out[i].notes = q, (*shared.notes, *inapplicable(members[i].choice, members[i].weight), *notes)
             out[i].seconds = (time.perf_counter() - start) / len(batch)
     if any(m.name == "bias" for m in choice.methods):
         _correct(members, out, shared, seen)
@@ -198,9 +200,11 @@ def _correct(members: Sequence[Member], out: Sequence[Solution], shared: Solutio
     elif isinstance(mean, Tensor) and (s := inverse(shared, members[0].site.k, mean.device)) is not None:
         mean = mean / s
     for m, solution in zip(members, out):
+        if m.weight.dim() == 3 or solution.q is None:
+            continue
         if not isinstance(mean, Tensor):
             solution.notes = (*solution.notes, f"the bias is not corrected without data: {mean}")
-        elif m.weight.dim() == 2 and solution.q is not None:
+        else:
             solution.bias = bias.correction(solution.prepared(m.weight), solution.q, mean)
 
 

@@ -8,6 +8,7 @@ from small import close, graphs, said
 from tiny_models import tiny
 from torch import nn
 
+from qcompile import explain
 from qcompile.calibrate import calibrate
 from qcompile.core.qtensor import dequantize, quantize
 from qcompile.core.recipe import RECIPES, Choice, Method
@@ -285,13 +286,19 @@ def test_a_kin_with_another_rule_has_no_split():
     assert seen[0][0].plan["b"].input is None
 
 
-@pytest.mark.parametrize("passes", [["outliers(columns=4)"], ["outliers(dynamic=4)"]], ids=["static", "dynamic"])
-def test_stacked_experts_are_not_split_and_that_is_said(passes):
-    model, inputs = tiny("mixtral")
-    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": passes, "lower": "eager"})
-    with said() as texts, calibrate(fast, progress=False):
-        fast(**inputs)
-    with torch.no_grad():
+@pytest.mark.parametrize("data", [True, False], ids=["calibrated", "compiled"])
+@pytest.mark.parametrize("step", ["outliers(columns=4)", "outliers(dynamic=4)", "bias"])
+def test_what_stacked_experts_do_not_get_is_said(step, data):
+    """Of each site by name, in a warning and in the report; also where nothing has to be calibrated."""
+    model, inputs = tiny("mixtral", num_hidden_layers=1)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": [step], "lower": "eager"})
+    with said() as texts, torch.no_grad():
+        if data:
+            with calibrate(fast, progress=False):
+                fast(**inputs)
         assert close(fast(**inputs).logits, model(**inputs).logits, 0.1)
-    if "columns" in passes[0]:
-        assert any("stacked experts are not split" in t for t in texts)
+        report = explain(fast, **inputs)
+    what = "get no correction" if step == "bias" else "are not split"
+    (text,) = [t for t in texts if "stacked experts" in t]
+    assert text.count(f"stacked experts {what}") == 2 and "experts.gate_up_proj: stacked" in text and "experts.down_proj: stacked" in text
+    assert any("experts.gate_up_proj" in note and "experts.down_proj" in note and what in note for note in report.notes)
