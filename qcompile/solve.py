@@ -5,6 +5,7 @@ Nothing here runs a graph. ``qcompile.sequence`` takes the statistics site by si
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ class Observed:
 
 
 def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
-    """Raises OptionError for a step that does not exist, an argument that it does not take, or two solvers."""
+    """Raises OptionError for a step that does not exist, an argument that it does not take, two solvers, or an order that steps do not run in."""
     solvers = [m.name for m in methods if m.name in SOLVERS]
     if len(solvers) > 1:
         raise OptionError(f"{where} names {len(solvers)} solvers: {', '.join(solvers)}; a weight is rounded once")
@@ -79,6 +80,16 @@ def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
             raise OptionError(f"{method} in {where}: {flags[0]} is True or False, not {method.options[flags[0]]!r}")
         if method.name == "range" and method.options.get("rule") not in NEEDS:
             raise unknown("range rule", method.options.get("rule"), NEEDS, f"{method} in {where}")
+    for earlier, later in itertools.combinations([m for m in methods if m.name not in ("range", "bias")], 2):  # these two work on what all others leave
+        if _rank(earlier) > _rank(later):
+            raise OptionError(f"{where}: {earlier} stands before {later}, and runs after it: write {later} first")
+
+
+def _rank(method: Method) -> int:
+    """Equalization works on the model's weights, transforms and the static split on inputs, solvers on what these leave; the dynamic split is of the input in the compiled graph."""
+    if method.name in SOLVERS or method.options.get("dynamic"):
+        return 2
+    return 0 if method.name == "equalize" else 1
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
@@ -150,9 +161,8 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
             shared.smooth = legal(s * v.float())
             every = torch.arange(1.0, members[0].site.k + 1, device=s.device)  # a vector that nothing is equal in
             shared.heads = not torch.equal(legal(every), every)
-    for method in choice.methods:
-        if method.name == "outliers" and members[0].weight.dim() == 2 and not method.options.get("dynamic"):
-            stats = seen.rescaled(shared.smooth).stats if shared.smooth is not None and method.options.get("columns") else seen.stats
+        elif method.name == "outliers" and members[0].weight.dim() == 2 and not method.options.get("dynamic"):
+            stats = seen.stats if shared.smooth is None else seen.rescaled(shared.smooth).stats  # x as the steps before left it
             shared.outliers = outliers.columns(stats, **method.options)  # type: ignore[arg-type]
     return shared
 

@@ -224,6 +224,28 @@ def test_no_outliers_no_split():
     assert [slot.what for slot in seen[0][0].slots] == ["weight"]
 
 
+@pytest.mark.parametrize("step", ["outliers(threshold=6.0)", "outliers(columns=2)"])
+def test_the_split_is_of_x_as_the_steps_before_left_it(step):
+    """Behind ``smooth`` the threshold is that of x / s; before it that of x."""
+    x = data(200, columns=(5, 7, 9), by=10.0)
+    x[:, 5] *= 0.5
+    found = []
+    for passes in ([step, "smooth(alpha=0.4)"], ["smooth(alpha=0.4)", step]):
+        model = nn.Sequential(one())
+        with torch.no_grad():
+            model[0].weight[:, 5] *= 100
+        fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": passes, "lower": "eager"})
+        with said(), calibrate(fast, progress=False):
+            fast(x)
+        (solution,) = TABLE.get(model[0].weight).solutions.values()
+        found.append(solution)
+        with torch.no_grad():
+            assert close(fast(x), model(x), 0.02)
+    peaks = [x.abs().amax(0), x.abs().amax(0) / found[1].smooth]
+    want = [peak.topk(2).indices.sort().values if "columns" in step else (peak >= 6).nonzero().flatten() for peak in peaks]
+    assert torch.equal(found[0].outliers, want[0]) and torch.equal(found[1].outliers, want[1]) and not torch.equal(*want)
+
+
 def test_a_budget_of_columns():
     linear, x = one(), data(9, columns=(3, 30))
     sit(linear, x, recipe="LLM_INT8_STATIC", passes=["outliers(columns=2)"])
