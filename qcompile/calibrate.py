@@ -21,7 +21,7 @@ from qcompile import compat, stored
 from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
 from qcompile.core.recipe import Choice
-from qcompile.core.solution import Solution
+from qcompile.core.solution import CHOSE, Solution
 from qcompile.gate import enforce
 from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
@@ -294,7 +294,7 @@ def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibrat
 def _warn_of(outcome: Outcome) -> None:
     notes: dict[str, list[str]] = {}
     for line in outcome.solved:
-        for note in line.notes:
+        for note in (n for n in line.notes if not n.startswith(CHOSE)):
             notes.setdefault(re.sub(r"\d+", "#", note), []).append(f"{line.name}: {note}")
     for lines in notes.values():
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""

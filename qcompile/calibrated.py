@@ -44,7 +44,7 @@ def clip_of(scheme: Scheme | None, solution: Solution) -> tuple[float, float] | 
 
 
 def notes(rows: Mapping[str, Calibrated | None]) -> list[str]:
-    """What was done instead of what was asked for, linears with the same note together."""
+    """What was done instead of what was asked for, and what searches chose, linears with the same note together."""
     found: dict[str, list[str]] = {}
     for name, row in rows.items():
         for note in row.notes if row is not None else ():

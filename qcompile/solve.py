@@ -16,9 +16,9 @@ from torch import Tensor
 from qcompile.core.errors import CalibrationError, OptionError, Skip, unknown
 from qcompile.core.qtensor import QTensor, dequantize, quantize, split_rows
 from qcompile.core.ranges import NEEDS, needed, static_range
-from qcompile.core.recipe import Choice, Method, Recipe
+from qcompile.core.recipe import KEEP, Choice, Method, Recipe
 from qcompile.core.scheme import Scheme
-from qcompile.core.solution import Solution
+from qcompile.core.solution import CHOSE, Solution
 from qcompile.core.stats import Stats, rescale_all
 from qcompile.kernels.quantize import reference as quantize_input
 from qcompile.kernels.scaled_linear import values
@@ -93,13 +93,13 @@ def _rank(method: Method) -> int:
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
-    """``check`` of a recipe's steps; raises OptionError for a range rule, too, where no range is fixed."""
-    check(recipe.methods, where)
-    if not recipe.static and (steps := [m for m in recipe.methods if m.name == "range"]):
-        raise OptionError(
-            f"{where}: {steps[0]} is how the range of a static input is found, and recipe {recipe.name} has none: its inputs are {recipe.input or 'in 16 bits'}. "
-            "Take input='int8.tensor.static', or leave the step out"
-        )
+    """``check`` of the steps of a recipe and of its rules; raises OptionError for a range rule, too, where no range is fixed."""
+    own = [(f"rule {rule.pattern!r} of recipe {recipe.name}", rule.methods, [rule.input]) for rule in recipe.rules if rule.methods is not None]
+    for place, methods, inputs in ((where, recipe.methods, [recipe.input, *(rule.input for rule in recipe.rules if rule.methods is None)]), *own):
+        check(methods, place)
+        fixed = any(Scheme.parse(x).static for x in inputs if x and x != KEEP)
+        if not fixed and (steps := [m for m in methods if m.name == "range"]):
+            raise OptionError(f"{place}: {steps[0]} is how the range of a static input is found, and there is none: inputs are {inputs[0] or 'in 16 bits'}. Take input='int8.tensor.static', or leave the step out")
 
 
 def _arguments(fn: Callable[..., object]) -> list[str]:
@@ -157,7 +157,10 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
             at = seen.rescaled(s) if shared.smooth is not None else seen
             if "hessian" in TRANSFORMS[method.name].needs and seen.tokens < members[0].site.k:
                 shared.notes = (*shared.notes, f"{method.name} searched on {seen.tokens} tokens for {members[0].site.k} input channels: data of more kinds may ask for another vector")
-            v = TRANSFORMS[method.name].fn(Linears(_matrices(members, s), _schemes(members), choice.input, at.stats), **method.options)
+            row, linears = TRANSFORMS[method.name], Linears(_matrices(members, s), _schemes(members), choice.input, at.stats)
+            v = row.fn(linears, **method.options)
+            if row.about is not None and (words := row.about(linears, v, **method.options)):
+                shared.notes = (*shared.notes, f"{CHOSE} {words}")
             shared.smooth = legal(s * v.float())
             every = torch.arange(1.0, members[0].site.k + 1, device=s.device)  # a vector that nothing is equal in
             shared.heads = not torch.equal(legal(every), every)

@@ -540,7 +540,7 @@ def test_a_range_rule_wants_a_static_input():
     from qcompile.core.recipe import Recipe, Rule
 
     for given, found in (({}, "int8.row"), ({"recipe": "W4A16"}, "in 16 bits"), ({"recipe": "W8A8_STATIC", "input": "int8.row"}, "int8.row")):
-        with pytest.raises(OptionError, match=rf"range\(rule='mse'\) .* its inputs are {found}. Take input='int8.tensor.static'"):
+        with pytest.raises(OptionError, match=rf"range\(rule='mse'\) .* inputs are {found}. Take input='int8.tensor.static'"):
             Options.parse({**given, "passes": ["range(rule='mse')"]})
     with pytest.raises(OptionError, match="recipe mine: range"):
         Options.parse({"recipe": Recipe("mine", "int8.row", "int8.row", passes=("range(rule='kl')",))})
@@ -554,6 +554,63 @@ def test_rules_of_the_recipe_go_by_site():
     recipe = Recipe("mine", "int4.g16", rules=(Rule("b", None), Rule("c", "int8.row", "int8.row")), passes=("gptq",))
     sitting, _ = sit(compiled(model, weight=None, passes=None, recipe=recipe))
     assert {line.name: line.choice for line in sitting.outcome.solved} == {"a": "int4.g16", "c": "int8.row @ int8.row"}
+
+
+def test_steps_of_a_rule():
+    """One linear has an alpha of its own, one no smoothing, kin of others or not."""
+    from qcompile.core.recipe import Recipe, Rule
+
+    class Kin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x):
+            return self.d(torch.tanh(self.a(x) + self.b(x) + self.c(x)))
+
+    model, x = Kin(), XS[0] * torch.linspace(0.1, 8, 32)
+    rules = (Rule("b", "int8.row", "int8.row", passes=("smooth(alpha=0.9)",)), Rule("d", "int8.row", "int8.row", passes=()))
+    fast = torch.compile(model, backend="qcompile", options={"recipe": Recipe("mine", "int8.row", "int8.row", rules, passes=("smooth(alpha=0.5)",)), "lower": "eager"})
+    sit(fast, [x])
+    found = solutions(model)
+    for name, alpha in (("a", 0.5), ("b", 0.9)):
+        w = torch.cat([model.a.weight, model.c.weight] if name == "a" else [model.b.weight])
+        torch.testing.assert_close(found[name].smooth, (x.abs().amax(0) ** alpha / w.detach().abs().amax(0) ** (1 - alpha)))
+    assert torch.equal(found["a"].smooth, found["c"].smooth) and found["d"].smooth is None
+    with torch.no_grad():
+        assert close(fast(x), model(x), 0.02)
+
+
+def test_steps_of_a_rule_are_checked():
+    from qcompile.core.recipe import Recipe, Rule
+
+    for rule, text in (
+        (Rule("a", "int8.row", passes=("smoth",)), r"unknown pass 'smoth' in rule 'a' of recipe mine. Did you mean 'smooth'"),
+        (Rule("a", "int8.row", passes=("range(rule='kl')",)), r"rule 'a' of recipe mine: range\(rule='kl'\).*in 16 bits"),
+        (Rule("a", "int8.row", passes=("gptq", "smooth")), "rule 'a' of recipe mine: gptq stands before smooth"),
+    ):
+        with pytest.raises(OptionError, match=text):
+            Options.parse({"recipe": Recipe("mine", "int8.row", "int8.tensor.static", rules=(rule,))})
+    static = Rule("a", "int8.row", "int8.tensor.static", passes=())
+    with pytest.raises(OptionError, match="range"):
+        Options.parse({"recipe": Recipe("mine", "int8.row", rules=(static,), passes=("range(rule='kl')",))})
+
+
+def test_the_alpha_that_a_search_chose_is_noted():
+    """In the outcome and in the report, and nobody is warned of it."""
+    import qcompile
+
+    model = nn.Sequential(nn.Linear(32, 32))
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": ["smooth(alpha='auto')"], "lower": "eager"})
+    x = XS[0] * torch.logspace(-2, 2, 32)
+    sitting, texts = sit(fast, [x])
+    (note,) = sitting.outcome.solved[0].notes
+    alpha = float(note.removeprefix("chose alpha "))
+    assert 0 < alpha < 1 and not any("chose" in t for t in texts)
+    w = model[0].weight.detach().abs().amax(0)
+    torch.testing.assert_close(solutions(model)["0"].smooth, x.abs().amax(0) ** alpha / w ** (1 - alpha))
+    assert any(n == f"0: chose alpha {alpha:g}" for n in qcompile.explain(fast, x).notes)
+    assert sit(torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": ["smooth(alpha=0.4)"], "lower": "eager"}), [x])[0].outcome.solved[0].notes == ()
 
 
 def test_a_tiny_model_in_bfloat16():
