@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -448,6 +449,39 @@ def test_two_processes(tmp_path):
     assert alone[1] == first[1] == second[1] == 160
     for name in alone[0]:
         assert torch.equal(first[0][name], second[0][name]) and torch.equal(alone[0][name], first[0][name]), name
+
+
+NAN = TWO.partition("def solve")[0] + """
+from datetime import timedelta
+from qcompile.core.errors import CalibrationError
+
+def solve(rank, out):
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = Mlp()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fast = compiled(model, passes=["smooth", "gptq"])
+    try:
+        with said(), calibrate(fast, progress=False):
+            for i in range(2):
+                fast(rows(40, 32, seed=i) * (float("nan") if rank == 1 and i == 0 else 1.0))
+    except CalibrationError as error:
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        open(f"{out}/{rank}.txt", "w").write(str(error))
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(solve, (sys.argv[1],), nprocs=2)
+"""
+
+
+def test_data_of_one_process_that_is_not_finite(tmp_path):
+    """All raise, none waits for the one that did."""
+    script = tmp_path / "nan.py"
+    script.write_text(NAN)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    errors = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1] and re.match(r"process 1: 1280 values of the input of a are NaN or infinite", errors[0])
 
 
 # --- options -----------------------------------------------------------------------------------------------------------------
