@@ -2,6 +2,7 @@
 
 No data is needed and the function stays as it is, to the last bit: all factors are powers of two. A link is used only where every recorded graph that reads one of its weights has it, and
 nothing else reads them. ``equalize(absorb=True)`` also moves high biases over a ReLU into the biases behind it, which is an approximation; a note of the linear that lost them says so.
+The outcome's quality compares with the model so changed: it holds the cost of rounding, not that of the approximation.
 Only ``qcompile.quantize`` does this: compiling leaves the weights of a model alone.
 """
 
@@ -63,7 +64,7 @@ class Balanced:
                 less, more = absorb(bias.to(wide), weights[name].to(wide), b.to(wide), c.to(wide))
                 b.copy_(more)
             bias.copy_(less)
-            self.notes[link.producer] = f"{int((c > 0).sum())} high biases, the largest {float(c.max()):.3g}, were absorbed by the linear behind: an approximation, which is exact where no value lies more than three deviations below its mean"
+            self.notes[link.producer] = f"{int((c > 0).sum())} high biases, the largest {float(c.max()):.3g}, were absorbed by the linear behind: an approximation, exact where no value lies more than three deviations below its mean, whose cost the outcome's dB do not hold"
 
     @torch.no_grad()
     def restore(self) -> None:
