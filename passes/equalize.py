@@ -14,9 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx
 
-from qcompile.core.errors import OptionError
+from qcompile.core.errors import OptionError, Skip
 
 from .method import Linears, Transform
+from .norms import RELU, Norm, back, before
+from .observe import input_of
 from .producers import Place, place
 from .sites import Site
 from .smooth import column_maxima
@@ -149,6 +151,15 @@ def absorb(bias: Tensor, following: Tensor, following_bias: Tensor | None, c: Te
     """(b1 - c, b2 + W2 c): relu(y) = relu(y - c) + c for every y >= c. For smaller y the function changes, which is why ``high_bias`` takes three deviations."""
     moved = following @ c
     return bias - c, moved if following_bias is None else following_bias + moved
+
+
+def absorbing(gm: fx.GraphModule, where: Place, followers: Sequence[str]) -> Norm | Skip:
+    """The norm before a producer whose high biases its followers may absorb, or why they may not: between them lies nothing but a ReLU."""
+    path = back(input_of(next(n for n in gm.graph.nodes if n.meta.get("site") == followers[0])))
+    if path[0] is not where.nodes[0] or not any(n.target in RELU for n in path) or where.index != tuple(range(gm.meta["sites"][where.site].n)):
+        return Skip("more, or less, than a ReLU lies between")
+    norm = before(gm, where.site)
+    return Skip("a ReLU makes the input of the first") if isinstance(norm, Norm) and norm.relu else norm
 
 
 def pairs(gm: fx.GraphModule) -> list[tuple[Place, tuple[str, ...]]]:

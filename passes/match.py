@@ -49,7 +49,7 @@ def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice |
                 return Skip(f"rule {rule.pattern!r} keeps 16 bits")
             if site.stored is not None:
                 return replace(site.stored, why=f"stored; rule {rule.pattern!r} comes too late")
-            return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}", recipe.methods)
+            return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}", recipe.methods if rule.methods is None else rule.methods)
     if site.stored is not None:
         return site.stored
     if site.role == "head":

@@ -38,11 +38,15 @@ class Linears:
 
 @dataclass(frozen=True)
 class Transform:
-    """``fn(linears, **options) -> s`` of shape (K,), positive: ``x / s`` and ``w * s`` take the place of x and w. ``needs`` names statistics."""
+    """``fn(linears, **options) -> s`` of shape (K,), positive: ``x / s`` and ``w * s`` take the place of x and w. ``needs`` names statistics.
+
+    ``about(linears, s, **options)`` says what a search settled on, for the notes of the sites; empty where nothing was searched.
+    """
 
     name: str
     fn: Callable[..., Tensor]
     needs: tuple[str, ...]
+    about: Callable[..., str] | None = None
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,15 @@ def smooth(linears: Linears, *, alpha: float | str = 0.5) -> Tensor:
     return factor(x, w, float(alpha))
 
 
+def about(linears: Linears, s: Tensor, *, alpha: float | str = 0.5) -> str:
+    """Which alpha a search settled on, by the vector ``s`` that it gave."""
+    if alpha != "auto":
+        return ""
+    factors = candidates(statistic(linears, "absmax", "smooth")["absmax"].float(), column_maxima(linears.weights))
+    found = next((i for i, one in enumerate(factors) if torch.equal(one, s)), None)
+    return "no smoothing" if found is None else f"alpha {found / STEPS:g}"
+
+
 def factor(x: Tensor, w: Tensor, alpha: float) -> Tensor:
     """Equation 4 for maxima ``x`` and ``w`` (K,) of the magnitudes; 1 where either is zero, for such a channel has nothing to share."""
     s = (x**alpha / w ** (1 - alpha)).clamp(min=LEAST)
@@ -104,4 +113,4 @@ def statistic(linears: Linears, name: str, who: str) -> State:
     return state
 
 
-TRANSFORM = Transform("smooth", smooth, needs=("absmax", "samples"))
+TRANSFORM = Transform("smooth", smooth, needs=("absmax", "samples"), about=about)

@@ -21,17 +21,18 @@ from qcompile import compat, stored
 from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
 from qcompile.core.recipe import Choice
-from qcompile.core.solution import Solution
+from qcompile.core.solution import CHOSE, Solution
 from qcompile.gate import enforce
 from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
+from qcompile.passes.norms import mean_before
 from qcompile.passes.producers import place, shared
 from qcompile.passes.sites import Param, Site, view
 from qcompile.replay import Call, Unit
 from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
-from qcompile.solve import Member, from_statistics, needs_data
+from qcompile.solve import Member, analytical, from_statistics, inapplicable, needs_data
 from qcompile.statistics import Calibration
 from qcompile.weights import TABLE, owners
 
@@ -239,7 +240,7 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
     What is not solved yet comes from ``options.calibration``, from calls that were recorded, or from this call itself.
     """
     sites = {name: (gm.meta["sites"][name], c) for name, c in gm.meta["plan"].items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))}
-    missing, note = [], "known from an earlier call"
+    missing, left, note = [], Outcome(), "known from an earlier call"
     names = owners() if any(site.stored for site, _ in sites.values()) else {}
     for site, choice in sites.values():
         record = TABLE.record(inputs[site.param.index], site.path)
@@ -251,7 +252,10 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
             elif needs_data(choice):
                 missing.append(site)
             else:
-                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(), site.path)
+                notes = inapplicable(choice, view(inputs[site.param.index], site.view))
+                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(notes=notes), site.path)
+                left.solved.append(Solved(site.path, str(choice), None, 0, 0.0, notes, choice))
+    _warn_of(left)
     if missing and options.calibration is not None:
         note = _from_calibration(gm, inputs, options.calibration, [s.name for s in missing])
     elif missing:
@@ -276,7 +280,8 @@ def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibrat
     for sites in groups.values():
         sites = sorted(sites, key=lambda s: list(gm.meta["sites"]).index(s.name))
         seen = calibration.of(sites[0], inputs[sites[0].param.index].device)
-        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view)) for s in sites]
+        means = [mean_before(gm, s.name, inputs.__getitem__) if analytical(gm.meta["plan"][s.name]) else None for s in sites]
+        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view), mean) for s, mean in zip(sites, means)]
         with compat.no_dispatch_modes(), torch.no_grad():
             spot = place(gm, [s.name for s in sites])
             for member, solution in zip(members, from_statistics(members, seen, lambda v, spot=spot: shared(v, spot), str(calibration))):  # type: ignore[misc]
@@ -289,7 +294,7 @@ def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibrat
 def _warn_of(outcome: Outcome) -> None:
     notes: dict[str, list[str]] = {}
     for line in outcome.solved:
-        for note in line.notes:
+        for note in (n for n in line.notes if not n.startswith(CHOSE)):
             notes.setdefault(re.sub(r"\d+", "#", note), []).append(f"{line.name}: {note}")
     for lines in notes.values():
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""

@@ -22,9 +22,9 @@ NAMED = 4
 
 
 def of(graph: CompiledGraph, name: str, solution: Solution | None) -> Calibrated | None:
-    """The row of one site; None where nothing was calibrated for it."""
+    """The row of one site; None where nothing was calibrated for it, nor left out."""
     choice = graph.plan[name]
-    if solution is None or not solution.tokens or not isinstance(choice, Choice):
+    if solution is None or not (solution.tokens or solution.notes) or not isinstance(choice, Choice):
         return None
     solver = next((m.name for m in choice.methods if m.name in SOLVERS), "rtn")
     place = graph.planned.meta.get("places", {}).get(name)
@@ -44,7 +44,7 @@ def clip_of(scheme: Scheme | None, solution: Solution) -> tuple[float, float] | 
 
 
 def notes(rows: Mapping[str, Calibrated | None]) -> list[str]:
-    """What was done instead of what was asked for, linears with the same note together."""
+    """What was done instead of what was asked for, and what searches chose, linears with the same note together."""
     found: dict[str, list[str]] = {}
     for name, row in rows.items():
         for note in row.notes if row is not None else ():

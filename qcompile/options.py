@@ -15,7 +15,7 @@ from qcompile.core.errors import OptionError, unknown
 from qcompile.core.recipe import DEFAULT, Method, Recipe, find_recipe
 from qcompile.core.scheme import Scheme
 from qcompile.passes import PASSES, SOLVERS, TRANSFORMS
-from qcompile.solve import SETTINGS, check
+from qcompile.solve import SETTINGS, check_recipe
 
 HELP = {
     "recipe": "a preset's name or a qcompile.Recipe",
@@ -98,7 +98,7 @@ class Options:
         graph_passes, methods = _steps(given.get("passes", ()))
         if methods or "passes" in given:
             recipe = recipe.override(passes=methods)
-        check(recipe.methods, "options['passes']" if "passes" in given else f"recipe {recipe.name}")
+        check_recipe(recipe, "options['passes']" if "passes" in given else f"recipe {recipe.name}")
         extra = dict(given.get("inductor", {}))
         known = compat.inductor_options() if extra else set()
         for key in extra:

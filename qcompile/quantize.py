@@ -61,7 +61,7 @@ def quantize(
             raise OptionError(f"quantize takes no option {key!r}; it takes {', '.join(allowed)}")
     given = {"recipe": recipe, **options}
     parsed = Options.parse(given)
-    for method in parsed.recipe.methods:
+    for method in parsed.recipe.steps:
         if method.options.get("dynamic") and method.options.get("weights") != "codes":
             raise OptionError(
                 f"recipe {parsed.recipe.name}: {method} reads columns of the 16-bit weights on every call, which quantize replaces by codes. "
@@ -88,7 +88,7 @@ def quantize(
 def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> Iterable[Any]:
     if data is not None:
         return data
-    methods = tuple(m for m in options.recipe.methods if m.name != "equalize")
+    methods = tuple(m for m in options.recipe.steps if m.name != "equalize" and not (m.name == "bias" and m.options.get("data") is False))  # these look at weights alone
     if options.recipe.static or needs_data(Choice(Scheme.parse("int8.row"), methods=methods)):  # methods need data whatever the scheme
         raise CalibrationError(f"recipe {options.recipe.name} needs data: quantize(model, {options.recipe.name!r}, batches)")
     dummy = getattr(model, "dummy_inputs", None)

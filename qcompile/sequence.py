@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from qcompile import stored
@@ -22,10 +23,11 @@ from qcompile.core.solution import Solution
 from qcompile.core.stats import check_finite, merge_all, new, update_all
 from qcompile.memory import is_released
 from qcompile.passes import SOLVERS, experts, producers
+from qcompile.passes.norms import mean_before
 from qcompile.passes.sites import Site, view
 from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
-from qcompile.solve import Member, Observed, Product, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.solve import Member, Observed, Product, analytical, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
 from qcompile.weights import TABLE, fingerprint, owners
 
 HELD = 1 << 30
@@ -65,12 +67,18 @@ class Watch:
 
     def __init__(self, names: Sequence[str], k: int, count: int, device: torch.device, per_expert: Sequence[str], by: Tensor | None = None) -> None:
         self._names, self._k, self._by, self._per_expert = names, k, by, per_expert
+        self._error = ""
         self.seen = Observed(new(names, k, device), 0, [Observed(new(per_expert, k, device), 0) for _ in range(count)] if count > 1 else ())
 
     def take(self, rows: Tensor, which: Tensor | None, where: str) -> None:
-        """Add rows (T, K). Raises CalibrationError where they are not finite."""
+        """Add rows (T, K). Raises CalibrationError where they are not finite; one of several processes waits with that until they merge, where all raise it and none is left waiting."""
+        if self._error:
+            return
         if bad := check_finite(rows):
-            raise CalibrationError(f"{bad} values of the input of {where} are NaN or infinite in the calibration data, which cannot be calibrated on; the model is as it was")
+            self._error = f"{bad} values of the input of {where} are NaN or infinite in the calibration data, which cannot be calibrated on; the model is as it was"
+            if _processes() == 1:
+                raise CalibrationError(self._error)
+            return
         if self._by is not None:
             rows = rows / self._by if rows.dtype == torch.float64 else rows.float() / self._by
         self.seen = Observed(update_all(self.seen.stats, rows, self._names), self.seen.tokens + rows.shape[0], self.seen.experts)
@@ -81,19 +89,23 @@ class Watch:
                     self.seen.experts[e] = Observed(update_all(one.stats, mine, self._per_expert), one.tokens + mine.shape[0])  # type: ignore[index]
 
     def merged(self) -> Observed:
-        """The statistics of all processes."""
-        return _across(self.seen)
+        """The statistics of all processes. Raises CalibrationError in all where one has seen what is not finite."""
+        return _across(self.seen, self._error)
 
 
-def _across(seen: Observed) -> Observed:
-    """Merged over the process group, where there is one."""
-    import torch.distributed as dist
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+
+def _across(seen: Observed, error: str) -> Observed:
+    """Merged over the process group, where there is one; an error of one process is that of all."""
+    if (count := _processes()) == 1:
         return seen
     device = next((t.device for state in seen.stats.values() for t in state.values()), torch.device("cpu"))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, seen.to("cpu"))
+    gathered: list[Any] = [None] * count
+    dist.all_gather_object(gathered, error or seen.to("cpu"))
+    if errors := [f"process {rank}: {found}" for rank, found in enumerate(gathered) if isinstance(found, str)]:
+        raise CalibrationError("; ".join(errors))
     whole: Observed = gathered[0]
     for other in gathered[1:]:
         parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
@@ -212,7 +224,8 @@ class Run:
             solution.q = solution.to(torch.device("cpu")).q
 
     def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
-        line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, solution.notes, member.choice, spread)
+        notes = (*solution.notes, *([n] if self.folder is not None and (n := self.folder.balanced.notes.get(member.site.name)) else []))
+        line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, notes, member.choice, spread)
         self.outcome.solved.append(line)
         self.outcome.tokens = max(self.outcome.tokens, solution.tokens)
         self.said(line)
@@ -235,7 +248,7 @@ class Run:
         w = view(p.detach(), site.view)
         if bad := check_finite(w):
             raise WeightError(f"the weight of {site.path} has {bad} values that are NaN or infinite; it cannot be quantized, and the model is as it was. Keep it: ignore=[{site.path!r}]")
-        return Member(site, unit.plan[name], w)
+        return Member(site, unit.plan[name], w, mean_before(unit.gm, name, unit.live) if analytical(unit.plan[name]) else None)
 
     def _solution(self, unit: Unit, site: Site, choice: Choice) -> Solution | None:
         return TABLE.record(unit.parameter(site), site.path).solutions.get(solution_key(site, choice))

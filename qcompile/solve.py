@@ -5,6 +5,7 @@ Nothing here runs a graph. ``qcompile.sequence`` takes the statistics site by si
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcompile.core.errors import CalibrationError, OptionError, unknown
+from qcompile.core.errors import CalibrationError, OptionError, Skip, unknown
 from qcompile.core.qtensor import QTensor, dequantize, quantize, split_rows
 from qcompile.core.ranges import NEEDS, needed, static_range
-from qcompile.core.recipe import Choice, Method
+from qcompile.core.recipe import KEEP, Choice, Method, Recipe
 from qcompile.core.scheme import Scheme
-from qcompile.core.solution import Solution
+from qcompile.core.solution import CHOSE, Solution
 from qcompile.core.stats import Stats, rescale_all
 from qcompile.kernels.quantize import reference as quantize_input
 from qcompile.kernels.scaled_linear import values
@@ -27,17 +28,20 @@ from qcompile.passes.method import Linears
 from qcompile.passes.sites import Site
 from qcompile.sqnr import level
 
-SETTINGS = {"equalize": (), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ()}
+SETTINGS = {"equalize": ("absorb",), "outliers": ("threshold", "columns", "dynamic", "weights"), "range": ("rule",), "bias": ("data",)}
 """Steps of a recipe that are neither a transform nor a solver, and their arguments."""
+SWITCHES = {"equalize": ("absorb",), "bias": ("data",)}
+"""Arguments of these that are True or False."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One site of a group: its choice and its weight, (N, K) or (E, N, K), as the site reads it."""
+    """One site of a group: its choice and its weight, (N, K) or (E, N, K), as the site reads it; for ``bias(data=False)`` also E[x] (K,) as the norm before implies it, or why it does not."""
 
     site: Site
     choice: Choice
     weight: Tensor
+    mean: Tensor | Skip | None = None
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Observed:
 
 
 def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
-    """Raises OptionError for a step that does not exist, an argument that it does not take, or two solvers."""
+    """Raises OptionError for a step that does not exist, an argument that it does not take, two solvers, or an order that steps do not run in."""
     solvers = [m.name for m in methods if m.name in SOLVERS]
     if len(solvers) > 1:
         raise OptionError(f"{where} names {len(solvers)} solvers: {', '.join(solvers)}; a weight is rounded once")
@@ -72,8 +76,30 @@ def check(methods: Sequence[Method], where: str = "options['passes']") -> None:
                 raise unknown("argument", key, known or ["none"], f"{method} in {where}")
         if method.name == "outliers" and method.options.get("weights", "kept") not in ("kept", "codes"):
             raise unknown("value", method.options["weights"], ("kept", "codes"), f"{method} in {where}")
+        if flags := [key for key in SWITCHES.get(method.name, ()) if not isinstance(method.options.get(key, False), bool)]:
+            raise OptionError(f"{method} in {where}: {flags[0]} is True or False, not {method.options[flags[0]]!r}")
         if method.name == "range" and method.options.get("rule") not in NEEDS:
             raise unknown("range rule", method.options.get("rule"), NEEDS, f"{method} in {where}")
+    for earlier, later in itertools.combinations([m for m in methods if m.name not in ("range", "bias")], 2):  # these two work on what all others leave
+        if _rank(earlier) > _rank(later):
+            raise OptionError(f"{where}: {earlier} stands before {later}, and runs after it: write {later} first")
+
+
+def _rank(method: Method) -> int:
+    """Equalization works on the model's weights, transforms and the static split on inputs, solvers on what these leave; the dynamic split is of the input in the compiled graph."""
+    if method.name in SOLVERS or method.options.get("dynamic"):
+        return 2
+    return 0 if method.name == "equalize" else 1
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """``check`` of the steps of a recipe and of its rules; raises OptionError for a range rule, too, where no range is fixed."""
+    own = [(f"rule {rule.pattern!r} of recipe {recipe.name}", rule.methods, [rule.input]) for rule in recipe.rules if rule.methods is not None]
+    for place, methods, inputs in ((where, recipe.methods, [recipe.input, *(rule.input for rule in recipe.rules if rule.methods is None)]), *own):
+        check(methods, place)
+        fixed = any(Scheme.parse(x).static for x in inputs if x and x != KEEP)
+        if not fixed and (steps := [m for m in methods if m.name == "range"]):
+            raise OptionError(f"{place}: {steps[0]} is how the range of a static input is found, and there is none: inputs are {inputs[0] or 'in 16 bits'}. Take input='int8.tensor.static', or leave the step out")
 
 
 def _arguments(fn: Callable[..., object]) -> list[str]:
@@ -91,13 +117,18 @@ def first_needs(choice: Choice) -> tuple[str, ...]:
 def then_needs(choice: Choice) -> tuple[str, ...]:
     """Statistics of the input as the quantized product reads it: for the solver, the bias and the range."""
     found = [name for m in choice.methods if m.name in SOLVERS for name in SOLVERS[m.name].needs]
-    found += ["moments"] if any(m.name == "bias" for m in choice.methods) else []
+    found += ["moments"] if any(m.name == "bias" and m.options.get("data", True) for m in choice.methods) else []
     return tuple(dict.fromkeys([*found, *([needed(rule_of(choice), choice.input)] if choice.input is not None and choice.input.static else [])]))
 
 
 def needs_data(choice: Choice) -> bool:
     """Something about this site has to be found before it is rounded."""
-    return bool(first_needs(choice) or then_needs(choice) or equalized(choice))
+    return bool(first_needs(choice) or then_needs(choice) or equalized(choice) or analytical(choice))
+
+
+def analytical(choice: Choice) -> bool:
+    """The mean of the input is that of the norm before, not of data: see ``qcompile.passes.norms``."""
+    return any(m.name == "bias" and not m.options.get("data", True) for m in choice.methods)
 
 
 def equalized(choice: object) -> bool:
@@ -124,17 +155,17 @@ def prepare(members: Sequence[Member], seen: Observed, legal: Callable[[Tensor],
         if method.name in TRANSFORMS:
             s = torch.ones(members[0].site.k, device=members[0].weight.device) if shared.smooth is None else shared.smooth
             at = seen.rescaled(s) if shared.smooth is not None else seen
-            v = TRANSFORMS[method.name].fn(Linears(_matrices(members, s), _schemes(members), choice.input, at.stats), **method.options)
+            if "hessian" in TRANSFORMS[method.name].needs and seen.tokens < members[0].site.k:
+                shared.notes = (*shared.notes, f"{method.name} searched on {seen.tokens} tokens for {members[0].site.k} input channels: data of more kinds may ask for another vector")
+            row, linears = TRANSFORMS[method.name], Linears(_matrices(members, s), _schemes(members), choice.input, at.stats)
+            v = row.fn(linears, **method.options)
+            if row.about is not None and (words := row.about(linears, v, **method.options)):
+                shared.notes = (*shared.notes, f"{CHOSE} {words}")
             shared.smooth = legal(s * v.float())
             every = torch.arange(1.0, members[0].site.k + 1, device=s.device)  # a vector that nothing is equal in
             shared.heads = not torch.equal(legal(every), every)
-    for method in choice.methods:
-        if method.name != "outliers":
-            continue
-        if members[0].weight.dim() == 3:
-            shared.notes = (*shared.notes, "stacked experts are not split: their outlier columns are quantized with the others")
-        elif not method.options.get("dynamic"):
-            stats = seen.rescaled(shared.smooth).stats if shared.smooth is not None and method.options.get("columns") else seen.stats
+        elif method.name == "outliers" and members[0].weight.dim() == 2 and not method.options.get("dynamic"):
+            stats = seen.stats if shared.smooth is None else seen.rescaled(shared.smooth).stats  # x as the steps before left it
             shared.outliers = outliers.columns(stats, **method.options)  # type: ignore[arg-type]
     return shared
 
@@ -149,6 +180,12 @@ def inverse(shared: Solution, k: int, device: torch.device) -> Tensor | None:
     return s
 
 
+def inapplicable(choice: Choice, weight: Tensor) -> tuple[str, ...]:
+    """Notes of a site's steps that stacked experts, (E, N, K), have no form of."""
+    said = {"outliers": "stacked experts are not split: their outlier columns are quantized with the others", "bias": "stacked experts get no correction of a bias"}
+    return tuple(said[m.name] for m in choice.methods if m.name in said) if weight.dim() == 3 else ()
+
+
 def complete(members: Sequence[Member], shared: Solution, seen: Observed) -> list[Solution]:
     """The members' solutions: codes, static range, correction. ``seen`` is the input as the dense product reads it."""
     out = [replace(shared, notes=()) for _ in members]
@@ -160,15 +197,28 @@ def complete(members: Sequence[Member], shared: Solution, seen: Observed) -> lis
     for batch in _batches(members):
         start = time.perf_counter()
         for i, q, notes in _solve(batch, members, out, seen):
-            out[i].q, out[i].notes = q, (*shared.notes, *notes)
+            out[i].q, out[i].notes = q, (*shared.notes, *inapplicable(members[i].choice, members[i].weight), *notes)
             out[i].seconds = (time.perf_counter() - start) / len(batch)
     if any(m.name == "bias" for m in choice.methods):
+        _correct(members, out, shared, seen)
+    return out
+
+
+def _correct(members: Sequence[Member], out: Sequence[Solution], shared: Solution, seen: Observed) -> None:
+    """Corrections of the biases, by the mean of the data or of the norm before."""
+    mean = members[0].mean
+    if not analytical(members[0].choice):
         moments = seen.stats["moments"]
         mean = (moments["sum"] / moments["count"].clamp(min=1)).float()
-        for m, s in zip(members, out):
-            if m.weight.dim() == 2 and s.q is not None:
-                s.bias = bias.correction(s.prepared(m.weight), s.q, mean)
-    return out
+    elif isinstance(mean, Tensor) and (s := inverse(shared, members[0].site.k, mean.device)) is not None:
+        mean = mean / s
+    for m, solution in zip(members, out):
+        if m.weight.dim() == 3 or solution.q is None:
+            continue
+        if not isinstance(mean, Tensor):
+            solution.notes = (*solution.notes, f"the bias is not corrected without data: {mean}")
+        else:
+            solution.bias = bias.correction(solution.prepared(m.weight), solution.q, mean)
 
 
 def _solve(batch: Sequence[int], members: Sequence[Member], out: Sequence[Solution], seen: Observed) -> list[tuple[int, QTensor, tuple[str, ...]]]:
@@ -177,14 +227,18 @@ def _solve(batch: Sequence[int], members: Sequence[Member], out: Sequence[Soluti
     method = next((m for m in first.choice.methods if m.name in SOLVERS), Method("rtn"))
     scheme = first.choice.weight
     if first.weight.dim() == 3:
-        parts, notes = [], []
+        parts, notes, few = [], [], []
         for e in range(first.weight.shape[0]):
             its = seen.experts[e] if seen.experts else seen
             use, w = method, out[batch[0]].prepared(first.weight[e])
             if SOLVERS[method.name].needs and its.tokens == 0:
                 use = Method("rtn")
                 notes.append(f"expert {e} saw no token: rounded to nearest")
+            elif "hessian" in SOLVERS[method.name].needs and its.tokens < first.site.k:
+                few.append(its.tokens)
             parts.append(SOLVERS[use.name].fn(w, scheme, its.stats, **use.options).flatten())
+        if few:
+            notes.append(f"{len(few)} of {first.weight.shape[0]} experts saw fewer tokens than the {first.site.k} input channels, one as few as {min(few)}: their Hessians are singular and lean on damping")
         q = QTensor.unflatten([torch.stack(t) for t in zip(*parts)], scheme, first.site.k)
         return [(batch[0], q, tuple(notes))]
     stacked = torch.cat([out[i].prepared(members[i].weight) for i in batch])

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -155,6 +156,10 @@ def test_the_first_call_calibrates():
 def test_too_few_tokens_are_named():
     _, texts = sit(compiled(Mlp()), [rows(5, 32)])
     assert any("a: 5 tokens for 32 input channels: the Hessian is singular" in t for t in texts)
+    _, texts = sit(compiled(Mlp(), passes=["awq"]), [rows(5, 32)])
+    assert any("a: awq searched on 5 tokens for 32 input channels" in t for t in texts)
+    for passes in (["awq"], ["smooth"], ["gptq"]):
+        assert not any("tokens for" in t for t in sit(compiled(Mlp(), passes=passes), XS)[1])
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------------------
@@ -446,6 +451,39 @@ def test_two_processes(tmp_path):
         assert torch.equal(first[0][name], second[0][name]) and torch.equal(alone[0][name], first[0][name]), name
 
 
+NAN = TWO.partition("def solve")[0] + """
+from datetime import timedelta
+from qcompile.core.errors import CalibrationError
+
+def solve(rank, out):
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = Mlp()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fast = compiled(model, passes=["smooth", "gptq"])
+    try:
+        with said(), calibrate(fast, progress=False):
+            for i in range(2):
+                fast(rows(40, 32, seed=i) * (float("nan") if rank == 1 and i == 0 else 1.0))
+    except CalibrationError as error:
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        open(f"{out}/{rank}.txt", "w").write(str(error))
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(solve, (sys.argv[1],), nprocs=2)
+"""
+
+
+def test_data_of_one_process_that_is_not_finite(tmp_path):
+    """All raise, none waits for the one that did."""
+    script = tmp_path / "nan.py"
+    script.write_text(NAN)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    errors = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1] and re.match(r"process 1: 1280 values of the input of a are NaN or infinite", errors[0])
+
+
 # --- options -----------------------------------------------------------------------------------------------------------------
 
 
@@ -465,8 +503,14 @@ def test_methods_in_passes():
         (["range(rule='klx')"], r"unknown range rule 'klx'.*percentile"),
         (["range"], r"unknown range rule None"),
         (["smooth(0.5)"], "a step reads 'name' or"),
-        (["bias(x=1)"], r"unknown argument 'x' in bias\(x=1\).*Known: none"),
+        (["bias(x=1)"], r"unknown argument 'x' in bias\(x=1\).*Known: data"),
         (["outliers(column=3)"], r"unknown argument 'column'.*threshold, columns, dynamic"),
+        (["equalize(absorb=1)"], r"absorb is True or False, not 1"),
+        (["gptq", "smooth"], r"options\['passes'\]: gptq stands before smooth, and runs after it: write smooth first"),
+        (["bias", "smooth", "rtn", "range(rule='mse')", "awq"], "rtn stands before awq"),
+        (["gptq", "outliers(threshold=6.0)"], "gptq stands before outliers"),
+        (["outliers(dynamic=4)", "smooth"], r"outliers\(dynamic=4\) stands before smooth"),
+        (["smooth", "equalize"], "smooth stands before equalize"),
         (["lower"], "always runs"),
         ([3], "3"),
     ],
@@ -525,6 +569,18 @@ def test_a_dynamic_range_needs_no_data():
     assert not texts
 
 
+def test_a_range_rule_wants_a_static_input():
+    """Accepted, it would do nothing."""
+    from qcompile.core.recipe import Recipe, Rule
+
+    for given, found in (({}, "int8.row"), ({"recipe": "W4A16"}, "in 16 bits"), ({"recipe": "W8A8_STATIC", "input": "int8.row"}, "int8.row")):
+        with pytest.raises(OptionError, match=rf"range\(rule='mse'\) .* inputs are {found}. Take input='int8.tensor.static'"):
+            Options.parse({**given, "passes": ["range(rule='mse')"]})
+    with pytest.raises(OptionError, match="recipe mine: range"):
+        Options.parse({"recipe": Recipe("mine", "int8.row", "int8.row", passes=("range(rule='kl')",))})
+    Options.parse({"recipe": Recipe("mine", "int8.row", rules=(Rule("a", "int8.row", "int8.tensor.static"),), passes=("range(rule='kl')",))})
+
+
 def test_rules_of_the_recipe_go_by_site():
     from qcompile.core.recipe import Recipe, Rule
 
@@ -532,6 +588,63 @@ def test_rules_of_the_recipe_go_by_site():
     recipe = Recipe("mine", "int4.g16", rules=(Rule("b", None), Rule("c", "int8.row", "int8.row")), passes=("gptq",))
     sitting, _ = sit(compiled(model, weight=None, passes=None, recipe=recipe))
     assert {line.name: line.choice for line in sitting.outcome.solved} == {"a": "int4.g16", "c": "int8.row @ int8.row"}
+
+
+def test_steps_of_a_rule():
+    """One linear has an alpha of its own, one no smoothing, kin of others or not."""
+    from qcompile.core.recipe import Recipe, Rule
+
+    class Kin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x):
+            return self.d(torch.tanh(self.a(x) + self.b(x) + self.c(x)))
+
+    model, x = Kin(), XS[0] * torch.linspace(0.1, 8, 32)
+    rules = (Rule("b", "int8.row", "int8.row", passes=("smooth(alpha=0.9)",)), Rule("d", "int8.row", "int8.row", passes=()))
+    fast = torch.compile(model, backend="qcompile", options={"recipe": Recipe("mine", "int8.row", "int8.row", rules, passes=("smooth(alpha=0.5)",)), "lower": "eager"})
+    sit(fast, [x])
+    found = solutions(model)
+    for name, alpha in (("a", 0.5), ("b", 0.9)):
+        w = torch.cat([model.a.weight, model.c.weight] if name == "a" else [model.b.weight])
+        torch.testing.assert_close(found[name].smooth, (x.abs().amax(0) ** alpha / w.detach().abs().amax(0) ** (1 - alpha)))
+    assert torch.equal(found["a"].smooth, found["c"].smooth) and found["d"].smooth is None
+    with torch.no_grad():
+        assert close(fast(x), model(x), 0.02)
+
+
+def test_steps_of_a_rule_are_checked():
+    from qcompile.core.recipe import Recipe, Rule
+
+    for rule, text in (
+        (Rule("a", "int8.row", passes=("smoth",)), r"unknown pass 'smoth' in rule 'a' of recipe mine. Did you mean 'smooth'"),
+        (Rule("a", "int8.row", passes=("range(rule='kl')",)), r"rule 'a' of recipe mine: range\(rule='kl'\).*in 16 bits"),
+        (Rule("a", "int8.row", passes=("gptq", "smooth")), "rule 'a' of recipe mine: gptq stands before smooth"),
+    ):
+        with pytest.raises(OptionError, match=text):
+            Options.parse({"recipe": Recipe("mine", "int8.row", "int8.tensor.static", rules=(rule,))})
+    static = Rule("a", "int8.row", "int8.tensor.static", passes=())
+    with pytest.raises(OptionError, match="range"):
+        Options.parse({"recipe": Recipe("mine", "int8.row", rules=(static,), passes=("range(rule='kl')",))})
+
+
+def test_the_alpha_that_a_search_chose_is_noted():
+    """In the outcome and in the report, and nobody is warned of it."""
+    import qcompile
+
+    model = nn.Sequential(nn.Linear(32, 32))
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": ["smooth(alpha='auto')"], "lower": "eager"})
+    x = XS[0] * torch.logspace(-2, 2, 32)
+    sitting, texts = sit(fast, [x])
+    (note,) = sitting.outcome.solved[0].notes
+    alpha = float(note.removeprefix("chose alpha "))
+    assert 0 < alpha < 1 and not any("chose" in t for t in texts)
+    w = model[0].weight.detach().abs().amax(0)
+    torch.testing.assert_close(solutions(model)["0"].smooth, x.abs().amax(0) ** alpha / w ** (1 - alpha))
+    assert any(n == f"0: chose alpha {alpha:g}" for n in qcompile.explain(fast, x).notes)
+    assert sit(torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": ["smooth(alpha=0.4)"], "lower": "eager"}), [x])[0].outcome.solved[0].notes == ()
 
 
 def test_a_tiny_model_in_bfloat16():

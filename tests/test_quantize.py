@@ -19,7 +19,7 @@ import qcompile
 from qcompile import sequence
 from qcompile.calibrate import KEPT
 from qcompile.core.errors import CalibrationError, OptionError, QcompileError, Skip, StrictError, WeightError
-from qcompile.core.recipe import Choice
+from qcompile.core.recipe import Choice, Recipe, Rule
 from qcompile.core.scheme import Scheme
 from qcompile.kernels.quantize import reference as quantize_input
 from qcompile.kernels.scaled_linear import values
@@ -335,6 +335,19 @@ def test_forms_of_data(batch):
 def test_without_data():
     model, _ = tiny("gpt2", n_layer=1)
     assert qcompile.quantize(model, "W4A16", progress=False).solved and len(stored(model)) == 4
+
+
+def test_rules_with_steps_of_their_own():
+    """What a rule's steps want is asked for as that of the recipe's."""
+    model = Mlp()
+    rules = (Rule("b", "int8.row", passes=("gptq",)), Rule("c", "int8.row", passes=("outliers(dynamic=4)",)))
+    with pytest.raises(CalibrationError, match="recipe mine needs data"):
+        qcompile.quantize(model, Recipe("mine", "int8.row", rules=rules[:1]), progress=False)
+    with pytest.raises(OptionError, match="reads columns of the 16-bit weights"):
+        qcompile.quantize(model, Recipe("mine", "int8.row", rules=rules), [X], progress=False)
+    with said():
+        outcome = qcompile.quantize(model, Recipe("mine", "int8.row", rules=rules[:1]), [X], progress=False)
+    assert [[str(m) for m in line.asked.methods] for line in outcome.solved] == [[], ["gptq"], []]
 
 
 def test_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -435,6 +436,8 @@ def test_an_expert_that_saw_nothing(form):
     lines = {line.name: line.notes for line in sitting.outcome.solved if "experts" in line.name}
     assert any("saw no token: rounded to nearest" in n for notes in lines.values() for n in notes)
     assert any("saw no token" in t and "experts" in t for t in texts)
+    few = {name: [n for n in notes if "fewer tokens" in n] for name, notes in lines.items()}
+    assert all(len(notes) == 1 and re.match(r"[234] of 4 experts saw fewer tokens than the (64|48) input channels, one as few as [12]:", notes[0]) for notes in few.values())
     with torch.no_grad():
         out = fast(input_ids=inputs["input_ids"]).logits
     assert torch.isfinite(out).all() and close(out, model(input_ids=inputs["input_ids"]).logits, 0.5)

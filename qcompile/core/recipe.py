@@ -94,13 +94,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """``pattern`` -> weight and input schemes as spellings; ``weight=None`` leaves the linear in 16 bits."""
+    """``pattern`` -> weight and input schemes as spellings; ``weight=None`` leaves the linear in 16 bits. ``passes`` take the place of the recipe's steps: another alpha for one linear, say."""
 
     pattern: str
     weight: str | None = None
     input: str | None = None
+    passes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.passes is not None:
+            if self.weight is None:
+                raise OptionError(f"rule {self.pattern!r} leaves its linears in 16 bits, where no step has anything to do; it names {', '.join(map(str, self.passes)) or 'an empty list'}")
+            object.__setattr__(self, "passes", tuple(str(Method.parse(step)) for step in self.passes))
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
@@ -110,6 +115,11 @@ class Rule:
             Scheme.parse(self.weight)
         if self.input is not None:
             input_scheme(self.input)
+
+    @property
+    def methods(self) -> tuple[Method, ...] | None:
+        """The passes, read; None: those of the recipe."""
+        return None if self.passes is None else tuple(map(Method.parse, self.passes))
 
     def matches(self, name: str, kind: str = "") -> bool:
         """Whether the rule names this linear; ``kind`` is the class name of its module."""
@@ -144,6 +154,11 @@ class Recipe:
     def methods(self) -> tuple[Method, ...]:
         """The passes, read."""
         return tuple(map(Method.parse, self.passes))
+
+    @property
+    def steps(self) -> tuple[Method, ...]:
+        """Those of the recipe and of its rules."""
+        return (*self.methods, *(m for rule in self.rules for m in rule.methods or ()))
 
     def override(
         self, *, weight: str | None = None, input: str | None = None, head: str | None = None, ignore: Iterable[str] = (), passes: Iterable[str] | None = None
@@ -192,6 +207,8 @@ _ROWS = (
     Recipe("INT8_ROWWISE", "int8.tensor", "int8.row", doc="baseline of the LLM.int8() paper: activations per token, one range for the weight"),
     Recipe("INT8_VECTORWISE", "int8.row", "int8.row", doc="baseline of the LLM.int8() paper: as W8A8"),
     Recipe("INT8_VECTORWISE_ZEROPOINT", "int8.row.point", "int8.row.point", doc="baseline of the LLM.int8() paper: vector-wise, asymmetric"),
+    Recipe("INT8_ABSMAX_DECOMPOSED", "int8.tensor", "int8.tensor", passes=("outliers(threshold=6.0)",), doc="INT8_ABSMAX beside 16-bit outlier columns"),
+    Recipe("INT8_ZEROPOINT_DECOMPOSED", "int8.tensor.point", "int8.tensor.point", passes=("outliers(threshold=6.0)",), doc="INT8_ZEROPOINT beside 16-bit outlier columns"),
     Recipe("INT8_ROWWISE_DECOMPOSED", "int8.tensor", "int8.row", passes=("outliers(threshold=6.0)",), doc="baseline of the LLM.int8() paper: row-wise beside 16-bit outlier columns"),
     Recipe("LLM_INT8_ZEROPOINT", "int8.row.point", "int8.row.point", passes=("outliers(threshold=6.0)",), doc="LLM.int8() with asymmetric ranges"),
 )

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from .qtensor import QTensor
 
+CHOSE = "chose"
+"""How a note begins that says what a search settled on: nobody is warned of it."""
+
 
 @dataclass
 class Solution:
     """``smooth`` (K,) float32, ``outliers`` (C,) int64 sorted, ``bias`` (N,) float32, ``range`` [scale (1,)] or [scale, zero] of a static input, ``q`` the solved codes of the dense part.
 
-    ``tokens`` is how many rows were seen; ``decibels`` the SQNR of the output on them; ``notes`` say what was done instead of what was asked for.
+    ``tokens`` is how many rows were seen; ``decibels`` the SQNR of the output on them; ``notes`` say what was done instead of what was asked for, and what a search chose.
     """
 
     smooth: Tensor | None = None

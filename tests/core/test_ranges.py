@@ -199,8 +199,12 @@ def test_sqnr_clips_less_than_mse():
 def kl_by_hand(x: np.ndarray, levels: int) -> tuple[dict[int, float], float]:
     """The criterion bin by bin: divergence of each end, and the limit of the histogram."""
     limit = 2.0 ** (math.floor(math.log2(np.abs(x).max())) + 1)
-    bins = np.histogram(np.abs(x), 2048, (0, limit))[0].astype(float)
-    end = int(np.flatnonzero(bins)[-1]) + 1
+    return kl_of_bins(np.histogram(np.abs(x), 2048, (0, limit))[0].astype(float), levels), limit
+
+
+def kl_of_bins(bins: np.ndarray, levels: int) -> dict[int, float]:
+    """The divergence of each end of a histogram of magnitudes."""
+    bins, end = bins.copy(), int(np.flatnonzero(bins)[-1]) + 1
     bins[0] = bins[1]
     found = {}
     for i in range(levels, end + 1):
@@ -213,7 +217,7 @@ def kl_by_hand(x: np.ndarray, levels: int) -> tuple[dict[int, float], float]:
             continue
         p, q = p / p.sum(), q / q.sum()
         found[i] = float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
-    return found, limit
+    return found
 
 
 @pytest.mark.parametrize("what", ["normal", "outliers", "laplace", "uniform", "few"])
@@ -234,6 +238,22 @@ def test_kl_is_brute_force(what, kind):
     if kind == "int8.row":
         share = clip / greatest
         assert {"outliers": share < 0.15, "uniform": share > 0.97, "normal": share > 0.6}.get(what, True), share
+
+
+@pytest.mark.parametrize(("kind", "clip"), [("int8.tensor", 4.80), ("int6.tensor", 4.21), ("int4.tensor", 3.50)])
+def test_kl_on_a_gaussian_lands_where_theory_says(kind, clip):
+    """The histogram that no sample has, differences of the normal distribution function: its best end by brute force, in deviations; then what a sample gives, at once and in batches."""
+    s, edges = Scheme.parse(kind), torch.linspace(0, 8, 2049, dtype=torch.float64)
+    exact = 2 * (torch.special.ndtr(-edges[:-1]) - torch.special.ndtr(-edges[1:]))
+    found = kl_of_bins(exact.numpy(), 2 ** (s.fmt.bits - 1))
+    best = 8 / 2048 * min(found, key=found.__getitem__)
+    assert best == pytest.approx(clip, abs=0.01)
+    centres = (edges[1:] + edges[:-1]).float() / 2
+    assert float(RANGES["kl"](centres, s, (0,), exact)[0]) * s.fmt.hi == pytest.approx(best, rel=1e-3)
+    x = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    assert float(RANGES["kl"](x, s, (0,))[0]) * s.fmt.hi == pytest.approx(best, rel=0.05)
+    static = Scheme.parse(kind + ".static")
+    assert float(static_range("kl", observed(x.reshape(-1, 64), "histogram"), static)[0]) * s.fmt.hi == pytest.approx(best, rel=0.05)
 
 
 def test_kl_with_a_zero_clips_both_ends_alike():

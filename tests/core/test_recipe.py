@@ -106,6 +106,17 @@ def test_override():
         base.override(weight="int9")
 
 
+def test_steps_of_a_rule():
+    """They take the place of the recipe's, an empty list as well; None leaves these."""
+    recipe = Recipe("mine", "int8.row", "int8.row", rules=(Rule("a", "int8.row", passes=["smooth( alpha = 0.7 )"]), Rule("b", "int8.row", passes=()), Rule("c", "int8.row")), passes=("gptq",))
+    assert recipe.rules[0].passes == ("smooth(alpha=0.7)",) and [r.methods for r in recipe.rules[1:]] == [(), None]
+    assert [str(m) for m in recipe.steps] == ["gptq", "smooth(alpha=0.7)"] and hash(recipe)
+    with pytest.raises(OptionError, match=r"rule 'd' leaves its linears in 16 bits.*it names gptq"):
+        Rule("d", passes=("gptq",))
+    with pytest.raises(OptionError, match="a step reads"):
+        Rule("d", "int8.row", passes=("gptq(",))
+
+
 def test_choice_and_skip():
     assert str(Choice(Scheme.parse("int4.g128"), Scheme.parse("int8.row"))) == "int8.row @ int4.g128"
     assert str(Choice(Scheme.parse("int4.g128"))) == "int4.g128"

@@ -8,9 +8,10 @@ from small import close, graphs, said
 from tiny_models import tiny
 from torch import nn
 
+from qcompile import explain
 from qcompile.calibrate import calibrate
 from qcompile.core.qtensor import dequantize, quantize
-from qcompile.core.recipe import Choice, Method
+from qcompile.core.recipe import RECIPES, Choice, Method
 from qcompile.core.scheme import Scheme
 from qcompile.passes import outliers
 from qcompile.weights import TABLE
@@ -195,6 +196,21 @@ def test_static_keeps_the_columns_in_16_bits(columns):
     assert (f"{len(found)} outlier columns" in sitting.outcome.solved[0].choice) == bool(found)
 
 
+@pytest.mark.parametrize("name", ["INT8_ABSMAX", "INT8_ZEROPOINT", "INT8_ROWWISE"])
+def test_baselines_with_and_without_decomposition(name):
+    """Each plain baseline of the paper has a twin that keeps outlier columns, and is better where there are any."""
+    model, x = nn.Sequential(one()), data(64, columns=(5, 7))
+    errors = []
+    for recipe in (name, name + "_DECOMPOSED"):
+        fast = torch.compile(model, backend="qcompile", options={"recipe": recipe, "lower": "eager"})
+        with said(), calibrate(fast, progress=False), torch.no_grad():
+            fast(x)
+        with torch.no_grad():
+            errors.append(float((fast(x) - model(x)).norm() / model(x).norm()))
+    assert RECIPES[name + "_DECOMPOSED"].weight == RECIPES[name].weight and RECIPES[name + "_DECOMPOSED"].input == RECIPES[name].input
+    assert errors[1] < 0.5 * errors[0], errors
+
+
 def test_no_outliers_no_split():
     """Bit for bit the recipe without the step, and the same graph."""
     linear, x = one(), data(9)
@@ -206,6 +222,28 @@ def test_no_outliers_no_split():
         torch._dynamo.reset()
         assert torch.equal(y, plain(x))
     assert [slot.what for slot in seen[0][0].slots] == ["weight"]
+
+
+@pytest.mark.parametrize("step", ["outliers(threshold=6.0)", "outliers(columns=2)"])
+def test_the_split_is_of_x_as_the_steps_before_left_it(step):
+    """Behind ``smooth`` the threshold is that of x / s; before it that of x."""
+    x = data(200, columns=(5, 7, 9), by=10.0)
+    x[:, 5] *= 0.5
+    found = []
+    for passes in ([step, "smooth(alpha=0.4)"], ["smooth(alpha=0.4)", step]):
+        model = nn.Sequential(one())
+        with torch.no_grad():
+            model[0].weight[:, 5] *= 100
+        fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": passes, "lower": "eager"})
+        with said(), calibrate(fast, progress=False):
+            fast(x)
+        (solution,) = TABLE.get(model[0].weight).solutions.values()
+        found.append(solution)
+        with torch.no_grad():
+            assert close(fast(x), model(x), 0.02)
+    peaks = [x.abs().amax(0), x.abs().amax(0) / found[1].smooth]
+    want = [peak.topk(2).indices.sort().values if "columns" in step else (peak >= 6).nonzero().flatten() for peak in peaks]
+    assert torch.equal(found[0].outliers, want[0]) and torch.equal(found[1].outliers, want[1]) and not torch.equal(*want)
 
 
 def test_a_budget_of_columns():
@@ -270,13 +308,19 @@ def test_a_kin_with_another_rule_has_no_split():
     assert seen[0][0].plan["b"].input is None
 
 
-@pytest.mark.parametrize("passes", [["outliers(columns=4)"], ["outliers(dynamic=4)"]], ids=["static", "dynamic"])
-def test_stacked_experts_are_not_split_and_that_is_said(passes):
-    model, inputs = tiny("mixtral")
-    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": passes, "lower": "eager"})
-    with said() as texts, calibrate(fast, progress=False):
-        fast(**inputs)
-    with torch.no_grad():
+@pytest.mark.parametrize("data", [True, False], ids=["calibrated", "compiled"])
+@pytest.mark.parametrize("step", ["outliers(columns=4)", "outliers(dynamic=4)", "bias"])
+def test_what_stacked_experts_do_not_get_is_said(step, data):
+    """Of each site by name, in a warning and in the report; also where nothing has to be calibrated."""
+    model, inputs = tiny("mixtral", num_hidden_layers=1)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "passes": [step], "lower": "eager"})
+    with said() as texts, torch.no_grad():
+        if data:
+            with calibrate(fast, progress=False):
+                fast(**inputs)
         assert close(fast(**inputs).logits, model(**inputs).logits, 0.1)
-    if "columns" in passes[0]:
-        assert any("stacked experts are not split" in t for t in texts)
+        report = explain(fast, **inputs)
+    what = "get no correction" if step == "bias" else "are not split"
+    (text,) = [t for t in texts if "stacked experts" in t]
+    assert text.count(f"stacked experts {what}") == 2 and "experts.gate_up_proj: stacked" in text and "experts.down_proj: stacked" in text
+    assert any("experts.gate_up_proj" in note and "experts.down_proj" in note and what in note for note in report.notes)
