@@ -49,10 +49,8 @@ class _Builder:
         self.kernels: dict[str, str | Skip] = {}
         self._quantized: dict[tuple[fx.Node, str, str], list[fx.Node]] = {}
         self._splits: dict[tuple[fx.Node, str], outliers.Split] = {}
-        self._whole: dict[tuple[str, ...], fx.Node] = {}
-        """Products of merged sites."""
-        self._merged: dict[tuple[str, ...], fx.Node] = {}
-        """What their sites take their columns of: the product, cast where none has a bias."""
+        self._merged: dict[tuple[str, ...], tuple[fx.Node, fx.Node]] = {}
+        """Products of merged sites, and the same cast."""
 
     def rewrite(self, node: fx.Node, site: Site, choice: Choice) -> None:
         """Replace one site's node."""
@@ -102,27 +100,17 @@ class _Builder:
         return graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
 
     def _part(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, kin: tuple[str, ...]) -> tuple[fx.Node, fx.Node]:
-        """(the product of all kin, made at the first of them, this site's columns of it). A product without biases is cast whole, so that it is stored in 16 bits."""
+        """(the product of all kin, made at the first of them, this site's columns of it). It is cast whole, so that it is stored in 16 bits."""
         sites = [self.gm.meta["sites"][name] for name in kin]
-        nodes = {n.meta["site"]: n for n in graph.nodes if n.meta.get("site") in kin} if kin not in self._merged else {}
-        dtype = example(node).dtype
-        if nodes:
+        if kin not in self._merged:
             first, *rest = (slot_of("weight", s, self.gm.meta["plan"][s.name]) for s in sites)
-            y = self._product(graph, self._cast(graph, node.args[0], node), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))  # type: ignore[arg-type]
-            plain = all(n.args[2:3] in ((), (None,)) for n in nodes.values()) and not any(self.gm.meta["plan"][name].corrected for name in kin)
-            self._merged[kin] = self._to(graph, y, dtype) if plain else y
+            x = node.args[0]
+            assert isinstance(x, fx.Node)
+            y = self._product(graph, self._cast(graph, x, node), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))
             y.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
-            self._whole[kin] = y
-        start = sum(s.n for s in sites[: kin.index(site.name)])
-        out = graph.call_method("narrow", (self._merged[kin], -1, start, site.n))
-        if self._merged[kin] is not self._whole[kin]:
-            return self._whole[kin], out
-        _, _, bias = (*node.args, None)[:3]
-        if bias is not None:
-            out = graph.call_function(torch.add, (out, bias))
-        if choice.corrected:
-            out = graph.call_function(torch.add, (out, self._slot("bias", site, choice)))
-        return self._whole[kin], self._to(graph, out, dtype)
+            self._merged[kin] = y, self._to(graph, y, example(node).dtype)
+        y, whole = self._merged[kin]
+        return y, graph.call_method("narrow", (whole, -1, sum(s.n for s in sites[: kin.index(site.name)]), site.n))
 
     def _slot(self, what: str, site: Site, choice: Choice) -> fx.Node:
         return slot_inputs(self.gm, self.context, slot_of(what, site, choice))[0]

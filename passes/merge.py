@@ -53,6 +53,8 @@ def _alone(node: fx.Node, site: Site, choice: Choice) -> Skip | None:
         return Skip("its outlier columns are its own")
     if site.stored is not None:
         return Skip("the module holds its codes")
+    if node.args[2:3] not in ((), (None,)) or choice.corrected:
+        return Skip("its bias is added in its own store")
     if choice.input is not None and choice.input.static and _requantized(node):
         return Skip("the next linear's quantization is in its store")
     return None

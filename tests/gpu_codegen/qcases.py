@@ -161,3 +161,19 @@ def spilling() -> Generated:
     linear.blocks = lambda *_: {"BLOCK_M": 64, "BLOCK_N": 256, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
     ((generated, _),) = quantized(nn.Linear(128, 256).eval().to(torch.bfloat16), (bf16(128, 128),), {"spilling": {"recipe": "NF4"}}).values()
     return generated
+
+
+def regimes() -> Parts:
+    """One linear with few, some and many rows, K in parts, and a row count that is dynamic."""
+    from qcompile.kernels import tuned
+
+    parts: Parts = {}
+    names = ("W4A16", "W4A8", "W8A8", "FP8", "NF4")
+    for rows, dynamic in ((1, None), (16, None), (4096, None), (48, True)):
+        torch._dynamo.reset()
+        layer = nn.Linear(256, 512, bias=False).eval().to(torch.bfloat16)
+        parts.update(quantized(layer, (bf16(rows, 256),), {f"{name} {'dynamic' if dynamic else rows}": {"recipe": name} for name in names}, dynamic))
+    torch._dynamo.reset()
+    tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "GROUP_M": 8}
+    parts.update(quantized(nn.Linear(1024, 512).eval().to(torch.bfloat16), (bf16(8, 1024),), {"split": {"recipe": "W4A16"}}))
+    return parts

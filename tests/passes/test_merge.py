@@ -1,0 +1,146 @@
+"""Products of one input become one: what is merged and why not, the same numbers, one copy of the weights, live weights."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from small import close
+from tiny_models import tiny
+from torch import nn
+
+import qcompile
+from qcompile.backend import CompiledGraph
+from qcompile.passes.infra import text
+from qcompile.weights import TABLE
+
+MERGE = sys.modules["qcompile.passes.merge"]  # the package's attribute of this name is the pass
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """On the CPU, too, so that what merging does can be computed here."""
+    monkeypatch.setattr(MERGE, "DEVICES", ["cuda", "cpu"])
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    made = []
+    real = CompiledGraph._build
+    monkeypatch.setattr(CompiledGraph, "_build", lambda self, inputs: (made.append(self), real(self, inputs))[1])
+    return made
+
+
+class Gated(nn.Module):
+    """gate and up of one input, then down; `bias` gives both one."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 48, bias=bias), nn.Linear(32, 64, bias=bias), nn.Linear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x)[..., :48])
+
+
+def fast(model, lower="eager", **options):
+    return torch.compile(model, backend="qcompile", options={"lower": lower, **options})
+
+
+def test_graph(everywhere, graphs):
+    with torch.no_grad():
+        fast(Gated().to(torch.bfloat16))(torch.randn(5, 32, dtype=torch.bfloat16))
+    (graph,) = graphs
+    assert graph.merged == {"gate": ("gate", "up"), "up": ("gate", "up")}
+    lines = [line for line in text(graph.lowered).splitlines() if "narrow" in line or "scaled_linear" in line]
+    assert_expected_inline(
+        "\n".join(lines).replace("l_self_modules_", "").replace("_parameters_weight_", ""),
+        """\
+scaled_linear_default = qcompile.scaled_linear(getitem_1, [getitem_2], [gate_codes, gate_scale], 'int8.row @ int8.row')  # gate: int8.row @ int8.row
+to = scaled_linear_default.to(bfloat16)
+linear = to.narrow(-1, 0, 48)
+linear_1 = to.narrow(-1, 48, 64)
+scaled_linear_default_1 = qcompile.scaled_linear(getitem_3, [getitem_4], [down_codes, down_scale], 'int8.row @ int8.row')  # down: int8.row @ int8.row
+add = add(scaled_linear_default_1, %down.bias)""",
+    )
+
+
+@pytest.mark.parametrize("recipe", ["W8A8", "W4A16", "W4A16_GPTQ", "W8A8_SMOOTHQUANT", "NF4"])
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_the_same_numbers(monkeypatch, lower, recipe):
+    model, inputs = tiny("llama")
+    out = {}
+    for devices in ([], ["cpu"]):
+        torch._dynamo.reset()
+        monkeypatch.setattr(MERGE, "DEVICES", devices)
+        with torch.no_grad():
+            out[len(devices)] = fast(model, lower, recipe=recipe)(**inputs, use_cache=False).logits
+    assert close(out[1], out[0], 1e-5)
+
+
+def test_one_copy_that_follows_the_weights(everywhere):
+    model, x = Gated(), torch.randn(5, 32)
+    f = fast(model)
+    with torch.no_grad():
+        f(x)
+        entries = [next(iter(TABLE.record(m.weight).entries.values())) for m in (model.gate, model.up)]
+        storage = {e.tensors[0].untyped_storage().data_ptr() for e in entries}
+        assert len(storage) == 1, "gate and up lie in one tensor"
+        address = entries[1].tensors[0].data_ptr()
+        model.up.weight.mul_(-2)
+        torch._dynamo.reset()
+        truth = fast(Gated_copy(model))(x)
+        assert torch.equal(f(x), truth)
+        assert entries[1].tensors[0].data_ptr() == address, "packed again in place"
+        assert qcompile.release_weights(model) > 0
+        assert torch.equal(f(x), truth)
+        assert close(model.state_dict()["up.weight"], Gated_copy(model).up.weight, 0.02)
+
+
+def Gated_copy(model: Gated) -> Gated:
+    other = Gated()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_two_instances_share_the_graph(everywhere, graphs):
+    a, b, x = Gated(), Gated(), torch.randn(5, 32)
+    with torch.no_grad():
+        fa, fb = fast(a), fast(b)
+        ya, yb = fa(x), fb(x)
+        torch._dynamo.reset()
+        assert len(graphs) == 1
+        MERGE.DEVICES.clear()
+        assert torch.equal(ya, fast(a)(x)) and torch.equal(yb, fast(b)(x))
+
+
+def test_explain_has_a_row_for_each(everywhere):
+    model, x = Gated(), torch.randn(5, 32)
+    f = fast(model)
+    with torch.no_grad():
+        f(x)
+        qcompile.release_weights(model)
+    report = qcompile.explain(f, x)
+    assert {row.name for row in report.sites} == {"gate", "up", "down"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"weight": "int8.tensor"}, "share scales"), ({"weight": "int4.b32x32"}, "share scales"), ({"recipe": "W8A8_STATIC"}, "is in its store"),
+        ({"recipe": "LLM_INT8"}, "outlier columns"), ({"bias": True}, "in its own store"), ({"recipe": "W8A8", "ignore": ["gate"]}, None),
+    ],
+)  # fmt: skip
+def test_what_stays_apart(everywhere, graphs, options, reason):
+    with torch.no_grad():
+        fast(Gated(options.pop("bias", False)), **options)(torch.randn(5, 32))
+    assert graphs[-1].merged == {}
+    if reason:
+        assert reason in str(graphs[-1].planned.meta["unmerged"]["gate"])
+
+
+def test_the_cpu_keeps_products_apart(graphs):
+    with torch.no_grad():
+        fast(Gated())(torch.randn(5, 32))
+    assert graphs[-1].merged == {} and "cpu" in str(graphs[-1].planned.meta["unmerged"]["up"])
