@@ -57,6 +57,7 @@ class Session:
         self.calibration: Calibration | None = None
         self._bytes, self._left_out = 0, 0
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
+        self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
@@ -94,6 +95,16 @@ class Session:
         self._stack.close()
         _forget_code(self.fast)
         self._made.clear()
+        self._names.clear()
+
+    def names(self, args: Sequence[Any]) -> dict[int, tuple[nn.Module, str, str]]:
+        """``owners()``, scanned again only where a parameter among ``args`` is not known yet."""
+        for p in args:
+            owner, _, name = self._names.get(id(p), (None, "", ""))
+            if isinstance(p, nn.Parameter) and (owner is None or owner._parameters.get(name) is not p):
+                self._names = owners()
+                break
+        return self._names
 
     def heed(self, options: Any) -> None:
         """Options that a graph was compiled with: strictness, and the memory where the session was given none."""
@@ -147,7 +158,7 @@ class Recorder:
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Any, session: Session) -> None:
         self._gm, self._options, self._session = gm, options, session
         session.heed(options)
-        self._captured = capture(gm, inputs, options.root)
+        self._captured = capture(gm, inputs, options.root, session.names(inputs))
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._units: dict[tuple[int, ...], Unit] = {}
 
@@ -167,7 +178,7 @@ class Recorder:
     def _unit(self, args: Sequence[Any]) -> Unit:
         gm = self._captured
         if self._units:
-            gm = renamed(gm, args, owners())
+            gm = renamed(gm, args, self._session.names(args))
         return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, _autocast(args))
 
 

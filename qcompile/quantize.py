@@ -81,7 +81,7 @@ def quantize(
     finally:
         KEPT[:] = others
     folder.balanced.forget()
-    _install(model, sitting.units)
+    _install(model, sitting.units, folder.codes)
     return sitting.outcome
 
 
@@ -97,8 +97,8 @@ def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> 
     return [dummy]
 
 
-def _install(model: nn.Module, units: Sequence[Unit]) -> None:
-    """Parametrize every weight that was solved and that nothing but its linear reads."""
+def _install(model: nn.Module, units: Sequence[Unit], codes: dict[Key, QTensor]) -> None:
+    """Parametrize every weight that was solved and that nothing but its linear reads. ``codes`` are those of rounding to nearest that are known; the others are rounded again."""
     names, done = owners(), set()
     kept: dict[int, str] = {}
     several = held_by_several(model)
@@ -115,6 +115,7 @@ def _install(model: nn.Module, units: Sequence[Unit]) -> None:
         owner, _, attribute = names[id(parameter)]
         record = TABLE.record(parameter, site.path)
         solution = record.solutions[solution_key(site, choice)].now()
+        solution.q = codes.pop((id(parameter), *solution_key(site, choice)), None) if solution.q is None else solution.q
         if solution.q is None:
             with torch.no_grad():
                 solution.q = round_to_nearest(solution.prepared(view(parameter.detach(), site.view)), choice.weight, name=site.path)
@@ -155,11 +156,17 @@ def _alike(unit: Unit, site: Site) -> bool:
     return all(how == site.view and isinstance(c, Choice) and c.key == first.key and not c.methods and not (c.input and c.input.static) for how, c in choices)
 
 
+Key = tuple[int, str, str, str]
+"""id of a parameter, and the key of one of its solutions."""
+
+
 class _Folder:
-    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is kept."""
+    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is written. ``codes`` of rounding to nearest wait here for the end of the run."""
 
     def __init__(self, path: str | os.PathLike[str] | None, balanced: Balanced) -> None:
         self.balanced = balanced
+        self.codes: dict[Key, QTensor] = {}
+        self.bytes = 0
         self.path = pathlib.Path(path) if path is not None else None
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,7 @@ class Unit:
 
     def __init__(self, gm: fx.GraphModule, args: Sequence[Any], autocast: tuple[str, torch.dtype] | None = None) -> None:
         self.gm, self.autocast = gm, autocast
+        self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)  # one for all runs: it is made from the whole graph, runs are short and drop values themselves
         self.nodes = list(gm.graph.nodes)
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
         self.calls: list[Call] = []
@@ -148,18 +149,21 @@ class Unit:
 
     def run(self, env: Env, start: int, stop: int, product: Callable[[Unit, fx.Node, Env], Any] | None) -> Any:
         """Execute nodes ``start`` to ``stop`` on ``env``, dropping values that nothing later needs; ``product`` computes sites that are quantized already (None: it is not)."""
-        interpreter = fx.Interpreter(self.gm)
+        interpreter = self._interpreter
         interpreter.env = env
-        for node in self.nodes[start:stop]:
-            if node.op == "output":
-                return interpreter.run_node(node)
-            value = product(self, node, env) if product is not None and "site" in node.meta else None
-            env[node] = interpreter.run_node(node) if value is None else value
-            for source in node.all_input_nodes:
-                if self._last[source] <= self._index[node]:
-                    env.pop(source, None)
-            if not node.users:
-                env.pop(node, None)
+        try:
+            for node in self.nodes[start:stop]:
+                if node.op == "output":
+                    return interpreter.run_node(node)
+                value = product(self, node, env) if product is not None and "site" in node.meta else None
+                env[node] = interpreter.run_node(node) if value is None else value
+                for source in node.all_input_nodes:
+                    if self._last[source] <= self._index[node]:
+                        env.pop(source, None)
+                if not node.users:
+                    env.pop(node, None)
+        finally:
+            interpreter.env = {}
         return None
 
     def live_bytes(self, position: int) -> int:

@@ -204,12 +204,17 @@ class Run:
             self._say(member, solution, (time.perf_counter() - start) / len(members), spread(rows, solution, member.choice) if rows.numel() else None)
 
     def _settle(self, unit: Unit, member: Member, solution: Solution) -> None:
-        """Codes as they are kept; offline they wait in host memory until they take the weight's place."""
-        p = unit.parameter(member.site)
+        """Codes as they are kept; offline they wait until they take the weight's place: solved ones in host memory, rounded ones where they are, while there is room."""
+        p, q = unit.parameter(member.site), solution.q
         keep_codes(solution, member.choice, p)
-        if self.folder is not None:
-            self.folder.save(member.site, member.choice, solution, p)
+        if self.folder is None:
+            return
+        self.folder.save(member.site, member.choice, solution, p)
+        if solution.q is not None:
             solution.q = solution.to(torch.device("cpu")).q
+        elif q is not None and self.folder.bytes + q.nbytes <= self.budget:
+            self.folder.bytes += q.nbytes
+            self.folder.codes[id(p), *solution_key(member.site, member.choice)] = q
 
     def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
         line = Solved(member.site.path, str(found(member.choice, solution)), solution.decibels, solution.tokens, seconds, solution.notes, member.choice, spread)
@@ -266,7 +271,10 @@ class Run:
         made = self._products.get(key)
         if made is None:
             weight = view(p.detach(), site.view) if site.stored is None else dequantize(solution.q)  # type: ignore[arg-type]
-            made = self._products[key] = Product(solution.now().to(p.device), choice, weight, dtype)
+            now = solution.now().to(p.device)
+            if now.q is None and self.folder is not None:
+                now.q = self.folder.codes.get(key[:-1])
+            made = self._products[key] = Product(now, choice, weight, dtype)
             while sum(m.nbytes for m in self._products.values()) > HELD and len(self._products) > 1:
                 self._products.popitem(last=False)
         self._products.move_to_end(key)

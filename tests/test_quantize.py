@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
 import weakref
 
 import pytest
@@ -335,6 +336,21 @@ def test_forms_of_data(batch):
 def test_without_data():
     model, _ = tiny("gpt2", n_layer=1)
     assert qcompile.quantize(model, "W4A16", progress=False).solved and len(stored(model)) == 4
+
+
+def test_weights_are_rounded_once(monkeypatch):
+    """Solving, the replay and the module read the same codes, while the memory holds them; what it does not hold is rounded again."""
+    again = []
+    for where, name in (("qcompile.solve", "quantize"), ("qcompile.quantize", "round_to_nearest")):
+        module = sys.modules[where]
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, where=where, **k: (again.append(where), real(*a, **k))[1])
+    model = Net()
+    one = quantized(copy.deepcopy(model), data=[rows(1, 32)], **G16)
+    assert not again
+    two = quantized(model, data=[rows(1, 32)], memory=1400, **G16)
+    assert set(again) == {"qcompile.solve", "qcompile.quantize"}
+    assert equal(bits(one), bits(two))
 
 
 def test_errors():

@@ -9,7 +9,7 @@ import torch
 from calibrated import GPTQ, Broken, Mlp, check_hessians, compiled, expected, rows, same_codes, solutions, spied
 from small import Stack, close, graphs, said
 from tiny_models import tiny
-from torch import nn
+from torch import fx, nn
 
 from qcompile import replay, sequence
 from qcompile.calibrate import KEPT, calibrate
@@ -109,6 +109,16 @@ def test_little_memory_computes_more(monkeypatch):
     monkeypatch.setattr(replay, "NARROW", 0.0)
     solved(units, 1)
     assert sum(ran) > much
+
+
+def test_one_interpreter_for_a_unit(monkeypatch):
+    """It is made from the whole graph: one for each site would take longer than the runs."""
+    made = []
+    real = fx.Interpreter.__init__
+    monkeypatch.setattr(fx.Interpreter, "__init__", lambda self, *a, **k: (made.append(self), real(self, *a, **k))[1])
+    units = units_of(model := Stack(6), compiled(model), [once(rows(20, 32))])
+    solved(units, 1 << 40)
+    assert len(made) == len(units) and all(not interpreter.env for interpreter in made)
 
 
 def test_calls_of_other_shapes_add_up(monkeypatch):
