@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,7 +56,7 @@ class Session:
         self.strict = False
         """What is wrong with the quantized model is an error: some graph was compiled with options["strict"]."""
         self.calibration: Calibration | None = None
-        self._bytes, self._left_out = 0, 0
+        self._bytes, self._left_out, self._start = 0, 0, 0.0
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
         self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self._stack = contextlib.ExitStack()
@@ -63,11 +64,13 @@ class Session:
     def __enter__(self) -> Session:
         _forget_code(self.fast)
         _SESSIONS.append(self)
+        self._start = time.perf_counter()
         self._stack.enter_context(torch.no_grad())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close()
+        recorded = time.perf_counter()
         known = [u for u in _linked([u for u in KEPT if u.alive and u.sites], KEPT) if u not in self.units]
         mine = _linked([u for u in known if any(u.agrees(v) for v in self.units)], known)
         KEPT[:] = [*known, *self.units]
@@ -84,9 +87,12 @@ class Session:
         except CalibrationError:
             KEPT[:] = known  # what cannot be calibrated on does not come back in the next sitting
             raise
+        self.outcome.seconds = {"recording": recorded - self._start, "solving": time.perf_counter() - recorded}
         self.calibration = Calibration([*mine, *self.units], self.outcome, self.budget)
-        if sum(c.nbytes for u in self.units for c in u.calls) > KEEP_BYTES:
+        if (size := sum(c.nbytes for u in self.units for c in u.calls)) > KEEP_BYTES:
             KEPT[:] = known
+            if self.folder is None:
+                warnings.warn(f"qcompile: this sitting recorded {size >> 20} MiB, and {KEEP_BYTES >> 20} MiB are kept: another sitting begins anew, without its calls", QcompileWarning, stacklevel=2)
         _warn_of(self.outcome)
         enforce(self.outcome, self.strict, [*mine, *self.units])
 
@@ -105,6 +111,16 @@ class Session:
                 self._names = owners()
                 break
         return self._names
+
+    def feed(self, batches: Iterable[Any]) -> None:
+        """Call the model with each batch. Raises CalibrationError where there is none."""
+        from qcompile.progress import track
+
+        count = 0
+        for count, batch in enumerate(track(batches, "recording", self.progress), 1):  # noqa: B007
+            call(self.fast, batch)
+        if not count:
+            raise CalibrationError("the data is empty: it gave no batch (an iterator gives its batches once)")
 
     def heed(self, options: Any) -> None:
         """Options that a graph was compiled with: strictness, and the memory where the session was given none."""
@@ -215,11 +231,8 @@ def calibrate(fast: Any, batches: Iterable[Any] | None = None, *, progress: bool
     here = Session(fast, progress, memory)
     if batches is None:
         return here
-    from qcompile.progress import track
-
     with here:
-        for batch in track(batches, "recording", progress):
-            call(fast, batch)
+        here.feed(batches)
     assert here.calibration is not None
     return here.calibration
 
@@ -239,7 +252,7 @@ def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool, folde
     with bar("calibrating", total, progress) as step:
 
         def said(line: Solved) -> None:
-            step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else ""))
+            step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else "") + f" {line.seconds:.2f} s")
 
         return Run(units, memory, lambda: step(1), said, folder).run(again)
 

@@ -199,15 +199,13 @@ def fake_mode(inputs: Sequence[Any]) -> Any:
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that owns its graph, its code generated when it is called (as Dynamo's own). Dynamo reads its own placeholders again after a backend returns, so its graph is never edited."""
-    from torch.fx._lazy_graph_module import _LazyGraphModule
-
     graph, seen = fx.Graph(), {}  # type: ignore[var-annotated]
     out = graph.graph_copy(gm.graph, seen)
     graph.output(out)
     for old, new in seen.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copy: Any = _LazyGraphModule(gm, graph)
+    copy: Any = torch.fx._lazy_graph_module._LazyGraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type]

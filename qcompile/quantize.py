@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import time
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.balance import Balanced, held_by_several
-from qcompile.calibrate import KEPT, Session, call
+from qcompile.calibrate import KEPT, Session
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import QTensor
 from qcompile.core.qtensor import quantize as round_to_nearest
@@ -24,7 +25,6 @@ from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
 from qcompile.options import Options
 from qcompile.passes.sites import Site, view
-from qcompile.progress import track
 from qcompile.replay import Unit
 from qcompile.sequence import Outcome, found, solution_key
 from qcompile.solve import needs_data
@@ -73,15 +73,16 @@ def quantize(
     others, KEPT[:] = KEPT[:], []  # this data alone: what was recorded for calibrating, or by a run that was interrupted, would be counted beside it
     try:
         with Session(fast, progress, memory, folder) as sitting:
-            for batch in track(batches, "recording", progress):
-                call(fast, batch)
+            sitting.feed(batches)
     except BaseException:
         folder.balanced.restore()
         raise
     finally:
         KEPT[:] = others
     folder.balanced.forget()
+    start = time.perf_counter()
     _install(model, sitting.units, folder.codes)
+    sitting.outcome.seconds["installing"] = time.perf_counter() - start
     return sitting.outcome
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -126,6 +128,28 @@ def test_sittings_add_up_over_a_graph_break():
     assert same_codes(one, two)
 
 
+def test_a_sitting_that_is_too_large_to_keep_says_so(monkeypatch):
+    monkeypatch.setattr(sys.modules["qcompile.calibrate"], "KEEP_BYTES", XS[0].nbytes)
+    model = Mlp()
+    fast = compiled(model, dynamic=False)
+    sitting, texts = sit(fast)
+    assert any("another sitting begins anew, without its calls" in t for t in texts) and sitting.outcome.tokens == 160
+    again, _ = sit(fast, XS[:1])
+    assert again.outcome.tokens == XS[0].shape[0]
+
+
+def test_the_bar_shows_loss_and_time(monkeypatch):
+    said = []
+    monkeypatch.setattr("qcompile.progress.bar", contextlib.contextmanager(lambda *_: iter([lambda count, text=None: said.append(text)])))
+    sit(compiled(Mlp(), dynamic=False))
+    assert [bool(re.fullmatch(rf"{name} \d+\.\d dB \d+\.\d\d s", text)) for name, text in zip("abc", filter(None, said), strict=True)] == [True] * 3
+
+
+def test_seconds_of_each_step():
+    sitting, _ = sit(compiled(Mlp(), dynamic=False))
+    assert list(sitting.outcome.seconds) == ["recording", "solving"] and min(sitting.outcome.seconds.values()) > 0
+
+
 def test_another_recipe_begins_anew():
     """What was recorded under one recipe is not solved again under another's name."""
     model = Mlp()
@@ -210,8 +234,9 @@ def test_no_call_inside():
     fast = compiled(Mlp())
     with pytest.raises(CalibrationError, match="no graph of qcompile ran"), calibrate(fast, progress=False):
         pass
-    with pytest.raises(CalibrationError, match="no graph of qcompile ran"):
-        calibrate(fast, [], progress=False)
+    for nothing in ([], iter([])):
+        with pytest.raises(CalibrationError, match="the data is empty"):
+            calibrate(fast, nothing, progress=False)
 
 
 def test_a_model_that_is_not_compiled():

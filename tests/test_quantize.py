@@ -335,7 +335,9 @@ def test_forms_of_data(batch):
 
 def test_without_data():
     model, _ = tiny("gpt2", n_layer=1)
-    assert qcompile.quantize(model, "W4A16", progress=False).solved and len(stored(model)) == 4
+    outcome = qcompile.quantize(model, "W4A16", progress=False)
+    assert outcome.solved and len(stored(model)) == 4
+    assert list(outcome.seconds) == ["recording", "solving", "installing"]
 
 
 def test_weights_are_rounded_once(monkeypatch):
@@ -358,6 +360,8 @@ def test_errors():
     before = bits(model)
     with pytest.raises(CalibrationError, match="W4A16_GPTQ needs data"):
         qcompile.quantize(model, "W4A16_GPTQ")
+    with pytest.raises(CalibrationError, match="the data is empty"):
+        qcompile.quantize(model, "W4A16_GPTQ", [], progress=False)
     with pytest.raises(CalibrationError, match="W8A8_STATIC needs data"):
         qcompile.quantize(model, "W8A8_STATIC")
     with pytest.raises(CalibrationError, match="give it one batch"):
