@@ -19,13 +19,14 @@ from qcompile.core.errors import CalibrationError, WeightError
 from qcompile.core.qtensor import dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
-from qcompile.core.stats import check_finite, merge_all, new, update_all
+from qcompile.core.stats import check_finite
 from qcompile.memory import is_released
 from qcompile.passes import SOLVERS, experts, producers
 from qcompile.passes.sites import Site, view
 from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
-from qcompile.solve import Member, Observed, Product, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.solve import Member, Observed, Product, complete, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.watch import Watch, measured
 from qcompile.weights import TABLE, fingerprint, owners
 
 HELD = 1 << 30
@@ -58,47 +59,8 @@ class Outcome:
     solved: list[Solved] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
     tokens: int = 0
-
-
-class Watch:
-    """Takes statistics of the rows that a group reads, those of each expert apart where the group has any."""
-
-    def __init__(self, names: Sequence[str], k: int, count: int, device: torch.device, per_expert: Sequence[str], by: Tensor | None = None) -> None:
-        self._names, self._k, self._by, self._per_expert = names, k, by, per_expert
-        self.seen = Observed(new(names, k, device), 0, [Observed(new(per_expert, k, device), 0) for _ in range(count)] if count > 1 else ())
-
-    def take(self, rows: Tensor, which: Tensor | None, where: str) -> None:
-        """Add rows (T, K). Raises CalibrationError where they are not finite."""
-        if bad := check_finite(rows):
-            raise CalibrationError(f"{bad} values of the input of {where} are NaN or infinite in the calibration data, which cannot be calibrated on; the model is as it was")
-        if self._by is not None:
-            rows = rows / self._by if rows.dtype == torch.float64 else rows.float() / self._by
-        self.seen = Observed(update_all(self.seen.stats, rows, self._names), self.seen.tokens + rows.shape[0], self.seen.experts)
-        if which is not None:
-            for e in which.unique().tolist():
-                if e < len(self.seen.experts):
-                    one, mine = self.seen.experts[e], rows[which == e]
-                    self.seen.experts[e] = Observed(update_all(one.stats, mine, self._per_expert), one.tokens + mine.shape[0])  # type: ignore[index]
-
-    def merged(self) -> Observed:
-        """The statistics of all processes."""
-        return _across(self.seen)
-
-
-def _across(seen: Observed) -> Observed:
-    """Merged over the process group, where there is one."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return seen
-    device = next((t.device for state in seen.stats.values() for t in state.values()), torch.device("cpu"))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, seen.to("cpu"))
-    whole: Observed = gathered[0]
-    for other in gathered[1:]:
-        parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
-        whole = Observed(merge_all(whole.stats, other.stats), whole.tokens + other.tokens, parts)
-    return whole.to(device)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of recording, solving and, offline, installing."""
 
 
 class Run:
@@ -175,14 +137,15 @@ class Run:
     def _solve(self, stage: Sequence[tuple[Unit, Group]], unit: Unit, group: Group, members: list[Member]) -> None:
         start = time.perf_counter()
         choice, k, names = members[0].choice, members[0].site.k, [m.site.name for m in members]
+        count, device, routed = max(m.site.experts for m in members), members[0].weight.device, members[0].weight.dim() == 3
         if not needs_data(choice):
-            seen = self._watch(stage, names, Watch(("samples",), k, 1, members[0].weight.device, ())).merged()  # to measure the output
+            watch = self._watch(stage, names, Watch(("samples",), k, 1, device, (), routed=routed))  # to measure the output
+            seen = watch.merged()
             solutions = complete(members, Solution(tokens=seen.tokens), Observed({}, 0))
         else:
             first, then = first_needs(choice), then_needs(choice)
             afresh = [name for name in then if name in AFRESH] if first else []
-            count, device = max(m.site.experts for m in members), members[0].weight.device
-            watch = self._watch(stage, names, Watch(tuple(dict.fromkeys((*first, *(n for n in then if n not in afresh), "samples"))), k, count, device, then))
+            watch = self._watch(stage, names, Watch(tuple(dict.fromkeys((*first, *(n for n in then if n not in afresh), "samples"))), k, count, device, then, routed=routed))
             seen = watch.merged()
             if seen.tokens == 0:
                 raise CalibrationError(f"the calibration data gave {names[0]} no rows; call the model with data that is typical")
@@ -194,12 +157,10 @@ class Run:
                 second = self._watch(stage, names, Watch(tuple(afresh), k, 1, device, (), s)).merged()
                 at = Observed({**at.stats, **second.stats}, at.tokens, at.experts)
             solutions = complete(members, shared, at)
+        rows, routes = seen.stats["samples"]["rows"].float(), watch.routes()
         for member, solution in zip(members, solutions):
             self._keep(unit, member, solution)
-            rows = seen.stats["samples"]["rows"].float()
-            if rows.numel() and member.weight.dim() == 2:
-                exact = rows @ member.weight.float().T
-                solution.decibels = decibels(exact, Product(solution, member.choice, member.weight, torch.float32)(rows))
+            solution.decibels = measured(member, solution, rows, routes)
             self._settle(unit, member, solution)
             self._say(member, solution, (time.perf_counter() - start) / len(members), spread(rows, solution, member.choice) if rows.numel() else None)
 

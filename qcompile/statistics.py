@@ -14,8 +14,9 @@ from qcompile.core.recipe import Choice
 from qcompile.core.stats import STATISTICS, Stats, from_tensors, to_tensors
 from qcompile.passes.sites import Site
 from qcompile.replay import Call, Group, Unit, as_recorded, rows_of
-from qcompile.sequence import Outcome, Watch
+from qcompile.sequence import Outcome
 from qcompile.solve import Observed, first_needs, then_needs
+from qcompile.watch import Watch
 
 ALWAYS = ("absmax", "minmax", "moments", "histogram")
 """Statistics that a saved calibration always has: they are small."""

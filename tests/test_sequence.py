@@ -421,6 +421,18 @@ def test_experts_one_by_one(monkeypatch, form):
     assert [e for e in range(4) if any(f"expert {e} saw no token" in n for n in notes)] == silent
 
 
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("passes", [[], ["gptq"]])
+def test_experts_are_measured(form, passes):
+    """The gate sees them."""
+    model, inputs = tiny("mixtral", experts_implementation=form)
+    with said(), calibrate(fast := compiled(model, passes=passes), progress=False) as sitting:
+        fast(**inputs)
+    found = {line.name: line.decibels for line in sitting.outcome.solved}
+    assert len([name for name in found if "experts" in name]) == 4
+    assert all(db is not None and 5 < db < 40 for db in found.values())
+
+
 @torch.no_grad()
 def routed(model, sitting, ids):
     """Rows of each expert of layer 0, with q, k, v and o rounded as they were."""
