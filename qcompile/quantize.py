@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile import compat
 from qcompile.balance import Balanced, held_by_several
 from qcompile.calibrate import KEPT, Session
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
@@ -29,6 +30,7 @@ from qcompile.replay import Unit
 from qcompile.sequence import Outcome, found, solution_key
 from qcompile.solve import needs_data
 from qcompile.stored import install
+from qcompile.watch import everyone
 from qcompile.weights import TABLE, fingerprint, owners
 
 
@@ -47,7 +49,8 @@ def quantize(
     ``data``: batches (a dictionary is keyword arguments, a tuple or list positional ones, anything else the only argument); recipes that need no data take the model's ``dummy_inputs`` where
     they are given none. ``options`` are those of the backend that choose schemes and linears (``weight``, ``input``, ``head``, ``ignore``, ``passes``).
     The step ``equalize`` of ``passes`` scales the model's weights in place by powers of two before they are solved, where its function stays as it is (``qcompile.balance``).
-    ``resume`` names a folder: every solved linear is kept there at once, and a run that was interrupted goes on where it stopped. Two runs on the same data give the same bits.
+    ``resume`` names a folder: every solved linear is kept there at once, and a run that was interrupted goes on where it stopped; what was kept for other data, weights or choices is solved again.
+    Two runs on the same data give the same bits.
 
     Afterwards each weight is parametrized by its codes: the model runs in eager PyTorch as it is, with the weights rounded, and ``torch.compile(model, backend="qcompile")`` multiplies the codes.
     Weights that something else reads, too (an embedding tied to the head), convolution kernels and single matrices of a stack keep their bits; a QcompileWarning names them.
@@ -162,12 +165,17 @@ Key = tuple[int, str, str, str]
 
 
 class _Folder:
-    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is written. ``codes`` of rounding to nearest wait here for the end of the run."""
+    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is written. ``codes`` of rounding to nearest wait here for the end of the run.
+
+    A file counts for the weight, the choice and what came before: a digest of the data, of parameters that are not solved, and of all solutions before it.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None, balanced: Balanced) -> None:
         self.balanced = balanced
         self.codes: dict[Key, QTensor] = {}
         self.bytes = 0
+        self._before = b""
+        self._states: dict[int, tuple[object, ...]] = {}
         self.path = pathlib.Path(path) if path is not None else None
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -176,21 +184,42 @@ class _Folder:
         assert self.path is not None
         return self.path / (re.sub(r"[^\w.@-]", "_", site.name) + ".safetensors")
 
+    def begin(self, units: Sequence[Unit]) -> None:
+        """The data of a run, that of all processes."""
+        if self.path is None:
+            return
+        seen: list[object] = []
+        for unit in units:
+            solved = {id(unit.parameter(unit.sites[name])) for name in unit.plan if _solved(unit, name)}
+            seen += [self._state(p) for p in unit.parameters() if id(p) not in solved]
+            seen += [(i, fingerprint(a) if isinstance(a, Tensor) else repr(a)) for call in unit.calls for i, a in call.args.items()]
+        self._before = compat.digest(*(repr(part).encode() for part in everyone(seen)))
+
+    def passed(self, solved: Sequence[tuple[Site, Choice, Solution, Tensor]]) -> None:
+        """These sites are solved: later ones see their outputs."""
+        if self.path is not None:
+            parts = [(site.name, choice.key, self._state(p), [fingerprint(t) for t in _tensors(solution).values()]) for site, choice, solution, p in solved]
+            self._before = compat.digest(self._before, repr(parts).encode())
+
+    def _state(self, p: Tensor) -> tuple[object, ...]:
+        if id(p) not in self._states:
+            self._states[id(p)] = fingerprint(p)
+        return self._states[id(p)]
+
     def save(self, site: Site, choice: Choice, solution: Solution, p: Tensor) -> None:
         """Write one solution; the file appears whole or not at all."""
         from safetensors.torch import save_file
 
         if self.path is None:
             return
-        tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
-        tensors |= {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
-        about = {"key": choice.key, "weight": repr(solution.state or fingerprint(p)), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
+        tensors = _tensors(solution)
+        about = {"key": choice.key, "weight": repr(self._state(p)), "before": self._before.hex(), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
         part = self._file(site).with_suffix(".part")
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, str(part), metadata={"qcompile": json.dumps(about)})
         part.replace(self._file(site))
 
     def load(self, site: Site, choice: Choice, p: Tensor) -> Solution | None:
-        """The solution that was kept for this weight and choice; None where there is none, or it was for other values."""
+        """The solution that was kept for this weight, choice and input; None where there is none, or it was for other values."""
         from safetensors import safe_open
 
         if self.path is None or not self._file(site).is_file():
@@ -198,8 +227,8 @@ class _Folder:
         with safe_open(str(self._file(site)), "pt") as file:
             about = json.loads(file.metadata()["qcompile"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        state = fingerprint(p)
-        if about["key"] != choice.key or about["weight"] != repr(state):
+        state = self._state(p)
+        if (about["key"], about["weight"], about.get("before")) != (choice.key, repr(state), self._before.hex()):
             return None
         packed = [tensors[f"q{i}"] for i in range(sum(key[0] == "q" and key[1:].isdigit() for key in tensors))]
         q = QTensor.unflatten(packed, choice.weight, about["k"]) if packed else None
@@ -208,6 +237,12 @@ class _Folder:
         solution = Solution(smooth, outliers, bias, range=ranges, q=q, heads=about["heads"], tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]))
         solution.state = state if about["solved"] else ()
         return solution.to(p.device)
+
+
+def _tensors(solution: Solution) -> dict[str, Tensor]:
+    """What a file holds of a solution."""
+    tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
+    return tensors | {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
 
 
 __all__ = ["quantize"]

@@ -84,6 +84,29 @@ class Run:
             for unit in self.units:
                 unit.reset()
 
+    def judge(self) -> Outcome:
+        """Measure what is solved already, each site and the output, on the calls of this process alone."""
+        try:
+            for unit in self.units:
+                for group in unit.groups:
+                    members = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
+                    known = [(m, s) for m in members if (s := self._solution(unit, m.site, m.choice)) is not None]
+                    if known:
+                        weight = known[0][0].weight
+                        watch = self._watch([(unit, group)], group.names, Watch(("samples",), weight.shape[-1], 1, weight.device, (), routed=weight.dim() == 3, alone=True))
+                        self._measure(known, watch, 0.0)
+                self._finish(unit)
+        finally:
+            for unit in self.units:
+                unit.reset()
+        return self.outcome
+
+    def _measure(self, known: Sequence[tuple[Member, Solution]], watch: Watch, seconds: float) -> None:
+        rows, routes = watch.merged().stats["samples"]["rows"].float(), watch.routes()
+        for member, solution in known:
+            solution.decibels = measured(member, solution, rows, routes)
+            self._say(member, solution, seconds, spread(rows, solution, member.choice) if rows.numel() else None)
+
     def _equalize(self) -> None:
         if self.folder is None:
             refuse_equalize([m for unit in self.units for c in unit.plan.values() if isinstance(c, Choice) for m in c.methods], "options['passes']")
@@ -91,6 +114,8 @@ class Run:
             self.folder.balanced.apply(self.units)
 
     def _run(self, again: bool) -> Outcome:
+        if self.folder is not None:
+            self.folder.begin(self.units)
         order = list(stages(self.units))
         last = {id(unit): i for i, stage in enumerate(order) for unit, _ in stage}
         maker = {id(call): unit for unit in self.units for call in unit.calls}
@@ -129,10 +154,12 @@ class Run:
 
     def _group(self, stage: Sequence[tuple[Unit, Group]], again: bool) -> None:
         unit, group = stage[0]
-        members = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
-        members = [m for m in members if (again or self._solution(unit, m.site, m.choice) is None) and not self._resumed(unit, m)]
+        all_of_it = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
+        members = [m for m in all_of_it if (again or self._solution(unit, m.site, m.choice) is None) and not self._resumed(unit, m)]
         for batch in _alike(members):
             self._solve(stage, unit, group, batch)
+        if self.folder is not None:
+            self.folder.passed([(m.site, m.choice, s, unit.parameter(m.site)) for m in all_of_it if (s := self._solution(unit, m.site, m.choice)) is not None])
 
     def _solve(self, stage: Sequence[tuple[Unit, Group]], unit: Unit, group: Group, members: list[Member]) -> None:
         start = time.perf_counter()

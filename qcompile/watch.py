@@ -17,15 +17,21 @@ from qcompile.solve import Member, Observed, Product, decibels
 
 
 class Watch:
-    """Takes statistics of the rows (T, K) that a group reads, for ``count`` stacked experts also those of each one's rows. ``routed``: which expert each sampled row went to is kept."""
+    """Takes statistics of the rows (T, K) that a group reads, for ``count`` stacked experts also those of each one's rows. ``routed``: which expert each sampled row went to is kept. ``alone``: of this process."""
 
-    def __init__(self, names: Sequence[str], k: int, count: int, device: torch.device, per_expert: Sequence[str], by: Tensor | None = None, routed: bool = False) -> None:
+    def __init__(
+        self, names: Sequence[str], k: int, count: int, device: torch.device, per_expert: Sequence[str], by: Tensor | None = None, routed: bool = False, alone: bool = False
+    ) -> None:
+        self._alone = alone
         self._names, self._k, self._by, self._per_expert = names, k, by, per_expert
         self.seen = Observed(new(names, k, device), 0, [Observed(new(per_expert, k, device), 0) for _ in range(count)] if count > 1 else ())
         self._routes = Observed(new(("samples",), 1, device), 0) if routed else None  # a sample keeps rows by their numbers: these are the same ones
 
     def take(self, rows: Tensor, which: Tensor | None, where: str) -> None:
-        """Add rows (T, K). Raises CalibrationError where they are not finite."""
+        """Add rows (T, K). Raises CalibrationError where they are not finite; alone, which is no calibration, leaves those rows out."""
+        if self._alone:
+            finite = rows.isfinite().all(-1)
+            rows, which = rows[finite], None if which is None else which[finite]
         if bad := check_finite(rows):
             raise CalibrationError(f"{bad} values of the input of {where} are NaN or infinite in the calibration data, which cannot be calibrated on; the model is as it was")
         if self._by is not None:
@@ -43,24 +49,37 @@ class Watch:
 
     def merged(self) -> Observed:
         """The statistics of all processes."""
-        return _across(self.seen)
+        return self.seen if self._alone else _across(self.seen)
 
     def routes(self) -> Tensor | None:
         """The expert of each sampled row (S,), of all processes; None where there are no experts."""
-        return None if self._routes is None else _across(self._routes).stats["samples"]["rows"][:, 0].long()
+        if self._routes is None:
+            return None
+        return (self._routes if self._alone else _across(self._routes)).stats["samples"]["rows"][:, 0].long()
+
+
+def _several() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def everyone(value: Any) -> list[Any]:
+    """The values of all processes, by rank; its own alone where there is no process group."""
+    if not _several():
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def _across(seen: Observed) -> Observed:
     """Merged over the process group, where there is one."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return seen
     device = next((t.device for state in seen.stats.values() for t in state.values()), torch.device("cpu"))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, seen.to("cpu"))
-    whole: Observed = gathered[0]
-    for other in gathered[1:]:
+    if not _several():
+        return seen
+    whole, *others = everyone(seen.to("cpu"))
+    for other in others:
         parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
         whole = Observed(merge_all(whole.stats, other.stats), whole.tokens + other.tokens, parts)
     return whole.to(device)

@@ -313,9 +313,37 @@ def test_what_was_kept_for_other_weights_or_another_recipe_is_not_used(monkeypat
         model.b.weight.mul_(1.5)
     with spied(monkeypatch) as seen:
         quantized(copy.deepcopy(model), data=data, resume=tmp_path, **GPTQ)
-        assert [tuple(w.shape) for w, _ in seen] == [(48, 32)[::-1]]
+        assert [tuple(w.shape) for w, _ in seen] == [(32, 48), (16, 32)]  # c reads what b gives
         quantized(model, data=data, resume=tmp_path, **{**GPTQ, "weight": "int4.g8"})
-    assert len(seen) == 4
+    assert len(seen) == 5
+
+
+def test_what_was_kept_for_other_data_is_not_used(monkeypatch, tmp_path):
+    """Nor for another upstream: parameters that are not solved, and the choice of a linear before."""
+    data, model = [rows(40, 32)], Mlp()
+    kept = quantized(copy.deepcopy(model), data=data, resume=tmp_path, **GPTQ)
+
+    def solved(data=data, model=model, **options):
+        again = copy.deepcopy(model)
+        with spied(monkeypatch) as seen:
+            quantized(again, data=data, resume=tmp_path, **GPTQ, **options)
+        return len(seen), bits(again)
+
+    count, found = solved()
+    assert count == 0 and equal(found, bits(kept))
+    other = [rows(40, 32, seed=1)]
+    count, found = solved(other)
+    assert count == 3 and equal(found, bits(quantized(copy.deepcopy(model), data=other, **GPTQ)))
+    assert solved(other)[0] == 0
+    shifted = copy.deepcopy(model)
+    with torch.no_grad():
+        shifted.a.bias.add_(1.0)
+    assert solved(other, shifted)[0] == 3
+    assert solved(other, shifted, ignore=["b"])[0] == 2
+    with torch.no_grad():
+        shifted.b.weight.add_(1.0)
+    assert solved(other, shifted, ignore=["b"])[0] == 2
+    assert solved(other, shifted, ignore=["b"])[0] == 0
 
 
 def test_data_is_not_added_to_that_of_earlier_sittings():
