@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 import warnings
@@ -21,20 +20,16 @@ from torch import Tensor, fx, nn
 from qcompile import compat, stored
 from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
-from qcompile.core.recipe import Choice
-from qcompile.core.solution import Solution
 from qcompile.gate import enforce
 from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
-from qcompile.passes.producers import place, shared
-from qcompile.passes.sites import Param, Site, view
+from qcompile.passes.sites import Param
 from qcompile.replay import Call, Unit
-from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
-from qcompile.solve import Member, from_statistics, needs_data
+from qcompile.sequence import Outcome, Run, Solved
 from qcompile.statistics import Calibration
-from qcompile.weights import TABLE, owners
+from qcompile.weights import owners
 
 KEPT: list[Unit] = []
 """Units whose calls were recorded, for sittings to come; those of dead models are dropped."""
@@ -93,7 +88,7 @@ class Session:
             KEPT[:] = known
             if self.folder is None:
                 warnings.warn(f"qcompile: this sitting recorded {size >> 20} MiB, and {KEEP_BYTES >> 20} MiB are kept: another sitting begins anew, without its calls", QcompileWarning, stacklevel=2)
-        _warn_of(self.outcome)
+        warn_of(self.outcome)
         enforce(self.outcome, self.strict, [*mine, *self.units])
 
     def _close(self) -> None:
@@ -195,10 +190,10 @@ class Recorder:
         gm = self._captured
         if self._units:
             gm = renamed(gm, args, self._session.names(args))
-        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, _autocast(args))
+        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, autocast_of(args))
 
 
-def _autocast(args: Sequence[Any]) -> tuple[str, torch.dtype] | None:
+def autocast_of(args: Sequence[Any]) -> tuple[str, torch.dtype] | None:
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
     return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
@@ -257,60 +252,8 @@ def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool, folde
         return Run(units, memory, lambda: step(1), said, folder).run(again)
 
 
-def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str, dict[str, Choice]]:
-    """Solutions for all sites of a matched graph with these parameters. Returns a line for the report and the choices with what was found.
-
-    What is not solved yet comes from ``options.calibration``, from calls that were recorded, or from this call itself.
-    """
-    sites = {name: (gm.meta["sites"][name], c) for name, c in gm.meta["plan"].items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))}
-    missing, note = [], "known from an earlier call"
-    names = owners() if any(site.stored for site, _ in sites.values()) else {}
-    for site, choice in sites.values():
-        record = TABLE.record(inputs[site.param.index], site.path)
-        if solution_key(site, choice) not in record.solutions:
-            if site.stored is not None:
-                owner = stored.of(inputs[site.param.index], names)
-                assert owner is not None
-                TABLE.solve(inputs[site.param.index], solution_key(site, choice), stored.live(owner), site.path)
-            elif needs_data(choice):
-                missing.append(site)
-            else:
-                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(), site.path)
-    if missing and options.calibration is not None:
-        note = _from_calibration(gm, inputs, options.calibration, [s.name for s in missing])
-    elif missing:
-        own = Unit(gm, inputs, _autocast(inputs))
-        kept = [u for u in KEPT if u.alive and u.shares(own) and all(s.name in u.sites and u.plan[s.name] == gm.meta["plan"][s.name] for s in missing)]
-        if not kept:
-            own.record([concrete(a) for a in inputs])
-        outcome = solve(kept or [own], budget(options.calibration_memory), progress=False, again=False)
-        _warn_of(outcome)
-        enforce(outcome, options.strict, kept or [own])
-        note = f"calibrated {len(missing)} linears on " + ("what was recorded" if kept else "the first call") + f", which had {outcome.tokens} tokens"
-    choices = {name: found(choice, TABLE.record(inputs[site.param.index], site.path).solutions[solution_key(site, choice)]) for name, (site, choice) in sites.items()}
-    return note if sites else "", choices
-
-
-def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibration | str | os.PathLike[str], names: Sequence[str]) -> str:
-    calibration = given if isinstance(given, Calibration) else Calibration.load(given)
-    groups: dict[Any, list[Site]] = {}
-    for name in names:
-        site, choice = gm.meta["sites"][name], gm.meta["plan"][name]
-        groups.setdefault((frozenset((name, *site.kin)), choice.input, choice.methods), []).append(site)
-    for sites in groups.values():
-        sites = sorted(sites, key=lambda s: list(gm.meta["sites"]).index(s.name))
-        seen = calibration.of(sites[0], inputs[sites[0].param.index].device)
-        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view)) for s in sites]
-        with compat.no_dispatch_modes(), torch.no_grad():
-            spot = place(gm, [s.name for s in sites])
-            for member, solution in zip(members, from_statistics(members, seen, lambda v, spot=spot: shared(v, spot), str(calibration))):  # type: ignore[misc]
-                p = inputs[member.site.param.index]
-                keep_codes(solution, member.choice, p)
-                TABLE.solve(p, solution_key(member.site, member.choice), solution, member.site.path)
-    return f"solved {len(names)} linears from {calibration}"
-
-
-def _warn_of(outcome: Outcome) -> None:
+def warn_of(outcome: Outcome) -> None:
+    """Warn of what was done instead of what was asked for, equal notes in one line."""
     notes: dict[str, list[str]] = {}
     for line in outcome.solved:
         for note in line.notes:
