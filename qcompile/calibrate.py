@@ -26,7 +26,7 @@ from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
 from qcompile.passes.sites import Param
-from qcompile.replay import Call, Unit
+from qcompile.replay import Call, Unit, nbytes
 from qcompile.sequence import Outcome, Run, Solved
 from qcompile.statistics import Calibration
 from qcompile.weights import owners
@@ -52,6 +52,10 @@ class Session:
         """What is wrong with the quantized model is an error: some graph was compiled with options["strict"]."""
         self.calibration: Calibration | None = None
         self._bytes, self._left_out, self._start = 0, 0, 0.0
+        self._fed, self._dropped = False, False
+        self._read: set[int] = set()
+        self._batch: list[tuple[Unit, Call]] = []
+        self._copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
         self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self._stack = contextlib.ExitStack()
@@ -72,11 +76,11 @@ class Session:
         if kind is not None:  # what was recorded is kept; the model is as it was
             return
         if not self.units and self._left_out:
-            raise CalibrationError(f"{self.budget} bytes of memory hold no call of the model: raise memory= to at least what its inputs take")
+            raise CalibrationError(f"{self.budget} bytes of memory hold no batch: raise memory= to at least what its inputs take")
         if not self.units:
             raise CalibrationError("no graph of qcompile ran while calibrating: call the compiled model (torch.compile(model, backend='qcompile', ...)) inside the context")
         if self._left_out:
-            warnings.warn(f"qcompile: {self._left_out} calls were not recorded: the memory for calibration ({self.budget >> 20} MiB) was full", QcompileWarning, stacklevel=2)
+            warnings.warn(f"qcompile: {self._left_out} batches were not recorded: the memory for calibration ({self.budget >> 20} MiB) was full", QcompileWarning, stacklevel=2)
         try:
             self.outcome = solve([*mine, *self.units], self.budget, self.progress, again=True, folder=self.folder)
         except CalibrationError:
@@ -84,7 +88,7 @@ class Session:
             raise
         self.outcome.seconds = {"recording": recorded - self._start, "solving": time.perf_counter() - recorded}
         self.calibration = Calibration([*mine, *self.units], self.outcome, self.budget)
-        if (size := sum(c.nbytes for u in self.units for c in u.calls)) > KEEP_BYTES:
+        if (size := nbytes(self.units)) > KEEP_BYTES:
             KEPT[:] = known
             if self.folder is None:
                 warnings.warn(f"qcompile: this sitting recorded {size >> 20} MiB, and {KEEP_BYTES >> 20} MiB are kept: another sitting begins anew, without its calls", QcompileWarning, stacklevel=2)
@@ -97,6 +101,8 @@ class Session:
         _forget_code(self.fast)
         self._made.clear()
         self._names.clear()
+        self._copies.clear()
+        self._batch.clear()
 
     def names(self, args: Sequence[Any]) -> dict[int, tuple[nn.Module, str, str]]:
         """``owners()``, scanned again only where a parameter among ``args`` is not known yet."""
@@ -112,7 +118,9 @@ class Session:
         from qcompile.progress import track
 
         count = 0
+        self._fed = True
         for count, batch in enumerate(track(batches, "recording", self.progress), 1):  # noqa: B007
+            self._next()
             call(self.fast, batch)
         if not count:
             raise CalibrationError("the data is empty: it gave no batch (an iterator gives its batches once)")
@@ -124,10 +132,14 @@ class Session:
             self.budget = options.calibration_memory
 
     def record(self, unit: Unit, args: Sequence[Any]) -> Call | None:
-        """Keep a call, unless the memory for calls is full."""
-        size = sum(a.nbytes for i, a in enumerate(args) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter))
-        if self._bytes + size > self.budget:
-            self._left_out += 1
+        """Keep a call. Where the memory is full its whole batch is left out: all linears see the same tokens. A batch that was not ``feed`` ends where the weight of a linear is read again."""
+        weights = {id(unit.parameter(site)) for site in unit.sites.values()}
+        if not self._fed and weights & self._read:
+            self._next()
+        self._read |= weights
+        size = sum({id(a): a.nbytes for a in args if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and self._copy(a) is None}.values())
+        if self._dropped or self._bytes + size > self.budget:
+            self._drop()
             return None
         self._bytes += size
         if unit not in self.units:
@@ -137,7 +149,37 @@ class Session:
             made = self._made.get(id(a))
             if isinstance(a, Tensor) and made is not None and made[0]() is a and made[1] == _version(a):  # as it was returned: not written to since
                 links[i] = made[2:]
-        return unit.record(args, links)
+        call = unit.record(args, links, self._copied)
+        self._batch.append((unit, call))
+        return call
+
+    def _next(self) -> None:
+        """Another batch begins."""
+        self._read, self._batch, self._dropped = set(), [], False
+
+    def _drop(self) -> None:
+        """Leave the batch out, with what was recorded of it."""
+        self._left_out += not self._dropped
+        self._dropped = True
+        out = {id(call) for _, call in self._batch}
+        for unit, _ in self._batch:
+            unit.calls[:] = [call for call in unit.calls if id(call) not in out]
+        self.units = [unit for unit in self.units if unit.calls]
+        self._made = {key: made for key, made in self._made.items() if id(made[2]) not in out}
+        self._batch, self._copies, self._bytes = [], {}, nbytes(self.units)
+
+    def _copy(self, value: Tensor) -> Tensor | None:
+        """The copy of a tensor that was recorded before and not written to since: a buffer, or what every layer reads."""
+        ref, version, copy = self._copies.get(id(value), (None, -1, value))
+        return copy if ref is not None and ref() is value and version == _version(value) else None
+
+    def _copied(self, value: Tensor) -> Tensor:
+        copy = self._copy(value)
+        if copy is None:
+            copy = value.detach().clone()
+            if not value.is_inference():  # these have no version
+                self._copies[id(value)] = (weakref.ref(value), value._version, copy)
+        return copy
 
     def returned(self, call: Call, outputs: Any) -> None:
         """Remember what a call returned: a later graph may read it."""

@@ -40,11 +40,6 @@ class Call:
     env: Env = field(default_factory=dict)
     outputs: Any = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the recorded tensors."""
-        return sum(a.nbytes for a in self.args.values() if isinstance(a, Tensor))
-
 
 @dataclass(frozen=True)
 class Group:
@@ -112,9 +107,9 @@ class Unit:
         """All parameters still exist."""
         return all(ref() is not None for ref in self._params.values())
 
-    def record(self, args: Sequence[Any], links: Mapping[int, tuple[Call, int]] | None = None) -> Call:
-        """Keep one call: its tensors are cloned, so that what the model writes to later does not change them."""
-        call = Call({i: a.detach().clone() if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in self._params}, dict(links or {}))
+    def record(self, args: Sequence[Any], links: Mapping[int, tuple[Call, int]] | None = None, copied: Callable[[Tensor], Tensor] = lambda t: t.detach().clone()) -> Call:
+        """Keep one call: its tensors are copied, so that what the model writes to later does not change them."""
+        call = Call({i: copied(a) if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in self._params}, dict(links or {}))
         self.calls.append(call)
         return call
 
@@ -205,6 +200,11 @@ class Unit:
             return clones[key].view(value.dtype).as_strided(value.shape, value.stride(), value.storage_offset())
 
         return {node: copied(value) for node, value in env.items()}
+
+
+def nbytes(units: Sequence[Unit]) -> int:
+    """Bytes of the recorded tensors; calls may share some."""
+    return sum({id(a): a.nbytes for unit in units for call in unit.calls for a in call.args.values() if isinstance(a, Tensor)}.values())
 
 
 ALIASES = {"chunk", "split", "unbind", "tensor_split", "unflatten", "view_as", "expand_as", "swapaxes", "swapdims", "movedim", "contiguous", "to", "float", "type_as", "getattr", "T", "mT", "data"}
