@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -33,11 +34,12 @@ NARROW = 1.5
 
 @dataclass
 class Call:
-    """Arguments of one call of a unit, parameters left out; which of them are outputs of earlier calls, and what this call returned once it ran quantized."""
+    """Arguments of one call of a unit, parameters left out; which of them are outputs of earlier calls; what is carried (``parked``: in host memory, and where it belongs), and what this call returned once it ran quantized."""
 
     args: dict[int, Any]
     links: dict[int, tuple[Call, int]] = field(default_factory=dict)
     env: Env = field(default_factory=dict)
+    parked: dict[fx.Node, torch.device] = field(default_factory=dict)
     outputs: Any = None
 
 
@@ -117,7 +119,7 @@ class Unit:
         """Forget what a run computed; the recorded arguments stay."""
         self.cut = len(self.placeholders)
         for call in self.calls:
-            call.env, call.outputs = {}, None
+            call.env, call.parked, call.outputs = {}, {}, None
 
     def _find_groups(self) -> list[Group]:
         found: dict[tuple[fx.Node, int], list[fx.Node]] = {}
@@ -250,19 +252,48 @@ def advance(unit: Unit, group: Group, product: Callable[[Unit, fx.Node, Env], An
     elif group.position > unit.cut:
         position, size = unit.best_cut(unit.cut + 1, group.position)
     carry = position > unit.cut and (size * len(unit.calls) <= budget or size <= unit.narrow)
+    start = position if carry else unit.cut
+    over = unit.live_bytes(start) * len(unit.calls) > budget
     with as_recorded(unit):
         for call in unit.calls:
             if not call.env:
                 unit.begin(call)
+            fetch(call)
             if carry:
                 unit.run(call.env, unit.cut, position, product)
-            start = position if carry else unit.cut
             env = unit.private(call.env, start, group.position)
             unit.run(env, start, group.position, product)
             see(env)
+            del env
+            if over:
+                park(unit, call)
             tick()
     if carry:
         unit.cut = position
+
+
+def park(unit: Unit, call: Call) -> None:
+    """Move carried values to host memory. Those that share their storage stay: what is written to one is written to all."""
+    given = [*unit.parameters(), *call.args.values(), *call.env.values()]
+    count = Counter(t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor))
+    for node, value in call.env.items():
+        if node.op != "placeholder" and isinstance(value, Tensor) and _far(value) and value.is_contiguous() and count[value.untyped_storage().data_ptr()] == 1:
+            call.parked[node], call.env[node] = value.device, _to_host(value)
+
+
+def fetch(call: Call) -> None:
+    """Bring parked values back."""
+    for node, device in call.parked.items():
+        call.env[node] = call.env[node].to(device)
+    call.parked.clear()
+
+
+def _far(value: Tensor) -> bool:
+    return value.device.type != "cpu"
+
+
+def _to_host(value: Tensor) -> Tensor:
+    return value.to("cpu")
 
 
 def finish(unit: Unit, product: Callable[[Unit, fx.Node, Env], Any], see: Callable[[Call, Any], None] | None = None) -> None:
@@ -271,6 +302,7 @@ def finish(unit: Unit, product: Callable[[Unit, fx.Node, Env], Any], see: Callab
         for call in unit.calls:
             if not call.env:
                 unit.begin(call)
+            fetch(call)
             call.outputs = unit.run(call.env, unit.cut, len(unit.nodes), product)
             call.env = {}
             if see is not None:

@@ -111,6 +111,27 @@ def test_little_memory_computes_more(monkeypatch):
     assert sum(ran) > much
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bert"])
+def test_what_is_carried_over_the_budget_waits_on_the_host(name, monkeypatch):
+    """A host that is elsewhere: what was moved is gone from where it was."""
+    model, inputs = tiny(name)
+    units = units_of(model, compiled(model), [lambda m: m(**inputs), lambda m: m(**{k: v.flip(0) for k, v in inputs.items()})])
+    _, want = solved(units, 1 << 40)
+    moved = []
+
+    def to_host(value):
+        moved.append(value.clone())
+        value.fill_(0 if not value.is_floating_point() else torch.nan)
+        return moved[-1]
+
+    monkeypatch.setattr(replay, "_far", lambda value: True)
+    monkeypatch.setattr(replay, "_to_host", to_host)
+    _, got = solved(units, 1 << 40)
+    assert not moved and equal(want, got)
+    _, got = solved(units, 1)
+    assert moved and equal(want, got)
+
+
 def test_one_interpreter_for_a_unit(monkeypatch):
     """It is made from the whole graph: one for each site would take longer than the runs."""
     made = []
