@@ -31,7 +31,7 @@ from qcompile.sequence import Outcome, found, solution_key
 from qcompile.solve import needs_data
 from qcompile.stored import install
 from qcompile.watch import everyone
-from qcompile.weights import TABLE, fingerprint, owners
+from qcompile.weights import TABLE, fingerprint
 
 
 def quantize(
@@ -103,20 +103,20 @@ def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> 
 
 def _install(model: nn.Module, units: Sequence[Unit], codes: dict[Key, QTensor]) -> None:
     """Parametrize every weight that was solved and that nothing but its linear reads. ``codes`` are those of rounding to nearest that are known; the others are rounded again."""
-    names, done = owners(), set()
+    held, done = {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}, set()
     kept: dict[int, str] = {}
     several = held_by_several(model)
     todo = [(unit.sites[name], choice, weakref.ref(unit.parameter(unit.sites[name]))) for unit in units for name, choice in unit.plan.items() if _solved(unit, name)]
     for unit in units:  # several graphs may read one weight: all are asked
         for site in (unit.sites[name] for name in unit.plan if _solved(unit, name)):
             p = unit.parameter(site)
-            if reason := "another module holds it, too" if id(p) in several else _unfit(unit, site):
+            if reason := "the model does not hold it" if id(p) not in held else "another module holds it, too" if id(p) in several else _unfit(unit, site):
                 kept.setdefault(id(p), f"{site.path} ({reason})")
     for site, choice, ref in todo:
         parameter = ref()
         if parameter is None or id(parameter) in kept or id(parameter) in done:
             continue
-        owner, _, attribute = names[id(parameter)]
+        owner, attribute = held[id(parameter)]
         record = TABLE.record(parameter, site.path)
         solution = record.solutions[solution_key(site, choice)].now()
         solution.q = codes.pop((id(parameter), *solution_key(site, choice)), None) if solution.q is None else solution.q

@@ -300,11 +300,7 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
     """
     import gc
 
-    objects = gc.get_objects()
-    kinds = {id(type(o)): type(o) for o in objects}  # far fewer than objects
-    mine = {key for key, kind in kinds.items() if issubclass(kind, nn.Module) and not issubclass(kind, torch.fx.GraphModule)}
-    modules = [o for o in objects if id(type(o)) in mine and "_modules" in o.__dict__]
-    del objects
+    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and not issubclass(type(o), torch.fx.GraphModule) and "_modules" in o.__dict__]
     parents: dict[int, tuple[nn.Module, str]] = {}
     for module in modules:
         for name, child in module._modules.items():

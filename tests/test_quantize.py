@@ -175,6 +175,25 @@ def test_ties_ignored_linears_and_the_head():
     assert str(same(model, ids)[0].plan["head"]) == "int4.g16"
 
 
+class Borrowing(nn.Module):
+    """Calls a linear that it does not hold."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.own = nn.Linear(32, 32)
+        self.other = [other]
+
+    def forward(self, x):
+        return self.own(self.other[0](x))
+
+
+def test_a_linear_of_another_model_is_left_alone():
+    other = nn.Linear(32, 32)
+    with pytest.warns(qcompile.QcompileWarning, match=r"kept in 16 bits: weight \(the model does not hold it\)"):
+        model = quantized(Borrowing(other))
+    assert stored(model) == {"own"} and type(other) is nn.Linear
+
+
 def test_what_is_left_of_a_quantized_model():
     """The default recipe touches nothing more; one that is named does."""
     model = quantized(Net(), **G16, ignore=["down"])
