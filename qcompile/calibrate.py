@@ -122,6 +122,7 @@ class Session:
         for count, batch in enumerate(track(batches, "recording", self.progress), 1):  # noqa: B007
             self._next()
             call(self.fast, batch)
+        self._fed = False
         if not count:
             raise CalibrationError("the data is empty: it gave no batch (an iterator gives its batches once)")
 
