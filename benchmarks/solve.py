@@ -1,6 +1,6 @@
 """How long quantizing a large model takes on a GPU, and how much memory: a Llama of the 8B shape with random weights made on the device. `python benchmarks/solve.py [--recipe W4A16_GPTQ ...]`.
 
-First a check: the same recipes on a small model of the same classes, solved on the GPU and on the CPU, must agree in what they leave of the output. Then times: recording, solving, seconds for each
+First a check: the same recipes on a small model of the same classes, solved on the GPU and on the CPU, must agree in what they leave of the output. Then times: recording, solving, installing, seconds for each
 kind of site, peak memory beyond the model. What the numbers do not say: weights and tokens are random, so that accuracy means nothing here; `benchmarks/accuracy.py` has that.
 """
 
@@ -81,7 +81,9 @@ def measure(recipe: str, layers: int, count: int, length: int) -> dict[str, Any]
     for line in outcome.solved:
         by_kind[line.name.rpartition(".")[2]] += line.seconds
     row = {
-        "recipe": recipe, "layers": layers, "tokens": count * length, "seconds": round(seconds, 2), "seconds_by_linear": {k: round(v, 2) for k, v in by_kind.items()},
+        "recipe": recipe, "layers": layers, "tokens": count * length, "seconds": round(seconds, 2),
+        "seconds_by_step": {**{step: round(s, 2) for step, s in outcome.seconds.items()}, "installing": round(seconds - sum(outcome.seconds[s] for s in ("recording", "solving")), 2)},
+        "seconds_by_linear": {k: round(v, 2) for k, v in by_kind.items()},
         "model_gib": round(held / 2**30, 2), "peak_beyond_model_gib": round((torch.cuda.max_memory_allocated() - held) / 2**30, 2), "sites": len(outcome.solved),
         "output_decibels": outcome.quality.decibels,
     }  # fmt: skip

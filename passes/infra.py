@@ -73,26 +73,31 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def run(passes: Sequence[Pass], gm: fx.GraphModule, context: Any = None, steps: list[Step] | None = None) -> fx.GraphModule:
-    """Run the passes in order; a Step for each is appended to ``steps``. An unexpected failure becomes a PassError that names the pass and what ran before."""
+    """Run the passes in order; a Step for each is appended to ``steps``. An unexpected failure becomes a PassError that names the pass and what ran before.
+
+    The graphs' texts are built where somebody reads them: a list of steps, or the log.
+    """
+    read = steps is not None or log.isEnabledFor(logging.INFO)
     steps = [] if steps is None else steps
+    before = text(gm) if read else ""
     for p in passes:
         done = [step.name for step in steps]
         if missing := [name for name in p.after if name not in done]:
             raise PassError(f"pass {p.name!r} must run after {', '.join(missing)}; before it ran: {', '.join(done) or 'nothing'}")
-        start, before = time.perf_counter(), text(gm)
+        start = time.perf_counter()
         try:
             gm = p(gm, context)
         except QcompileError:
             raise
         except Exception as error:
             raise PassError(f"pass {p.name!r} failed after {', '.join(done) or 'nothing'}: {type(error).__name__}: {error}") from error
-        step = Step(len(steps), p.name, before, text(gm), time.perf_counter() - start, gm.meta.get("note", ""))
-        gm.meta["note"] = ""
+        seconds, after = time.perf_counter() - start, text(gm) if read else ""
+        step = Step(len(steps), p.name, before, after, seconds, gm.meta.get("note", ""))
+        before, gm.meta["note"] = after, ""
         steps.append(step)
         log.info("%s", step)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("after %s:\n%s", p.name, step.after)
-        compat.trace_artifact(f"qcompile_{step.index:02d}_{step.name}", step.after)
+        log.debug("after %s:\n%s", p.name, after)
+        compat.trace_artifact(f"qcompile_{step.index:02d}_{step.name}", lambda gm=gm: text(gm))  # type: ignore[misc]
     return gm
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 import qcompile
 from qcompile import compat, stored
-from qcompile.calibrate import Recorder, remember_code, renamed, session, settle
+from qcompile.calibrate import Recorder, remember_code, renamed, session
 from qcompile.capture import capture
 from qcompile.core.digest import digest
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
@@ -39,6 +39,7 @@ from qcompile.passes.infra import Step, run, text
 from qcompile.passes.match import plan_of, signature
 from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
+from qcompile.settle import settle
 from qcompile.weights import TABLE, Binding, owners
 
 log = logging.getLogger("qcompile.backend")

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
+import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,21 +20,17 @@ from torch import Tensor, fx, nn
 from qcompile import compat, stored
 from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
-from qcompile.core.recipe import Choice
-from qcompile.core.solution import CHOSE, Solution
+from qcompile.core.solution import CHOSE
 from qcompile.gate import enforce
 from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
-from qcompile.passes.norms import mean_before
-from qcompile.passes.producers import place, shared
-from qcompile.passes.sites import Param, Site, view
-from qcompile.replay import Call, Unit
-from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
-from qcompile.solve import Member, analytical, from_statistics, inapplicable, needs_data
+from qcompile.passes.sites import Param
+from qcompile.replay import Call, Unit, nbytes
+from qcompile.sequence import Outcome, Run, Solved
 from qcompile.statistics import Calibration
-from qcompile.weights import TABLE, owners
+from qcompile.weights import owners
 
 KEPT: list[Unit] = []
 """Units whose calls were recorded, for sittings to come; those of dead models are dropped."""
@@ -56,38 +52,48 @@ class Session:
         self.strict = False
         """What is wrong with the quantized model is an error: some graph was compiled with options["strict"]."""
         self.calibration: Calibration | None = None
-        self._bytes, self._left_out = 0, 0
+        self._bytes, self._left_out, self._start = 0, 0, 0.0
+        self._fed, self._dropped = False, False
+        self._read: set[int] = set()
+        self._batch: list[tuple[Unit, Call]] = []
+        self._copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
+        self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
         _forget_code(self.fast)
         _SESSIONS.append(self)
+        self._start = time.perf_counter()
         self._stack.enter_context(torch.no_grad())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close()
+        recorded = time.perf_counter()
         known = [u for u in _linked([u for u in KEPT if u.alive and u.sites], KEPT) if u not in self.units]
         mine = _linked([u for u in known if any(u.agrees(v) for v in self.units)], known)
         KEPT[:] = [*known, *self.units]
         if kind is not None:  # what was recorded is kept; the model is as it was
             return
         if not self.units and self._left_out:
-            raise CalibrationError(f"{self.budget} bytes of memory hold no call of the model: raise memory= to at least what its inputs take")
+            raise CalibrationError(f"{self.budget} bytes of memory hold no batch: raise memory= to at least what its inputs take")
         if not self.units:
             raise CalibrationError("no graph of qcompile ran while calibrating: call the compiled model (torch.compile(model, backend='qcompile', ...)) inside the context")
         if self._left_out:
-            warnings.warn(f"qcompile: {self._left_out} calls were not recorded: the memory for calibration ({self.budget >> 20} MiB) was full", QcompileWarning, stacklevel=2)
+            warnings.warn(f"qcompile: {self._left_out} batches were not recorded: the memory for calibration ({self.budget >> 20} MiB) was full", QcompileWarning, stacklevel=2)
         try:
             self.outcome = solve([*mine, *self.units], self.budget, self.progress, again=True, folder=self.folder)
         except CalibrationError:
             KEPT[:] = known  # what cannot be calibrated on does not come back in the next sitting
             raise
+        self.outcome.seconds = {"recording": recorded - self._start, "solving": time.perf_counter() - recorded}
         self.calibration = Calibration([*mine, *self.units], self.outcome, self.budget)
-        if sum(c.nbytes for u in self.units for c in u.calls) > KEEP_BYTES:
+        if (size := nbytes(self.units)) > KEEP_BYTES:
             KEPT[:] = known
-        _warn_of(self.outcome)
+            if self.folder is None:
+                warnings.warn(f"qcompile: this sitting recorded {size >> 20} MiB, and {KEEP_BYTES >> 20} MiB are kept: another sitting begins anew, without its calls", QcompileWarning, stacklevel=2)
+        warn_of(self.outcome)
         enforce(self.outcome, self.strict, [*mine, *self.units])
 
     def _close(self) -> None:
@@ -95,6 +101,31 @@ class Session:
         self._stack.close()
         _forget_code(self.fast)
         self._made.clear()
+        self._names.clear()
+        self._copies.clear()
+        self._batch.clear()
+
+    def names(self, args: Sequence[Any]) -> dict[int, tuple[nn.Module, str, str]]:
+        """``owners()``, scanned again only where a parameter among ``args`` is not known yet."""
+        for p in args:
+            owner, _, name = self._names.get(id(p), (None, "", ""))
+            if isinstance(p, nn.Parameter) and (owner is None or owner._parameters.get(name) is not p):
+                self._names = owners()
+                break
+        return self._names
+
+    def feed(self, batches: Iterable[Any]) -> None:
+        """Call the model with each batch. Raises CalibrationError where there is none."""
+        from qcompile.progress import track
+
+        count = 0
+        self._fed = True
+        for count, batch in enumerate(track(batches, "recording", self.progress), 1):  # noqa: B007
+            self._next()
+            call(self.fast, batch)
+        self._fed = False
+        if not count:
+            raise CalibrationError("the data is empty: it gave no batch (an iterator gives its batches once)")
 
     def heed(self, options: Any) -> None:
         """Options that a graph was compiled with: strictness, and the memory where the session was given none."""
@@ -103,10 +134,14 @@ class Session:
             self.budget = options.calibration_memory
 
     def record(self, unit: Unit, args: Sequence[Any]) -> Call | None:
-        """Keep a call, unless the memory for calls is full."""
-        size = sum(a.nbytes for i, a in enumerate(args) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter))
-        if self._bytes + size > self.budget:
-            self._left_out += 1
+        """Keep a call. Where the memory is full its whole batch is left out: all linears see the same tokens. A batch that was not ``feed`` ends where the weight of a linear is read again."""
+        weights = {id(unit.parameter(site)) for site in unit.sites.values()}
+        if not self._fed and weights & self._read:
+            self._next()
+        self._read |= weights
+        size = sum({id(a): a.nbytes for a in args if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and self._copy(a) is None}.values())
+        if self._dropped or self._bytes + size > self.budget:
+            self._drop()
             return None
         self._bytes += size
         if unit not in self.units:
@@ -116,7 +151,37 @@ class Session:
             made = self._made.get(id(a))
             if isinstance(a, Tensor) and made is not None and made[0]() is a and made[1] == _version(a):  # as it was returned: not written to since
                 links[i] = made[2:]
-        return unit.record(args, links)
+        call = unit.record(args, links, self._copied)
+        self._batch.append((unit, call))
+        return call
+
+    def _next(self) -> None:
+        """Another batch begins."""
+        self._read, self._batch, self._dropped = set(), [], False
+
+    def _drop(self) -> None:
+        """Leave the batch out, with what was recorded of it."""
+        self._left_out += not self._dropped
+        self._dropped = True
+        out = {id(call) for _, call in self._batch}
+        for unit, _ in self._batch:
+            unit.calls[:] = [call for call in unit.calls if id(call) not in out]
+        self.units = [unit for unit in self.units if unit.calls]
+        self._made = {key: made for key, made in self._made.items() if id(made[2]) not in out}
+        self._batch, self._copies, self._bytes = [], {}, nbytes(self.units)
+
+    def _copy(self, value: Tensor) -> Tensor | None:
+        """The copy of a tensor that was recorded before and not written to since: a buffer, or what every layer reads."""
+        ref, version, copy = self._copies.get(id(value), (None, -1, value))
+        return copy if ref is not None and ref() is value and version == _version(value) else None
+
+    def _copied(self, value: Tensor) -> Tensor:
+        copy = self._copy(value)
+        if copy is None:
+            copy = value.detach().clone()
+            if not value.is_inference():  # these have no version
+                self._copies[id(value)] = (weakref.ref(value), value._version, copy)
+        return copy
 
     def returned(self, call: Call, outputs: Any) -> None:
         """Remember what a call returned: a later graph may read it."""
@@ -148,7 +213,7 @@ class Recorder:
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Any, session: Session) -> None:
         self._gm, self._options, self._session = gm, options, session
         session.heed(options)
-        self._captured = capture(gm, inputs, options.root)
+        self._captured = capture(gm, inputs, options.root, session.names(inputs))
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._units: dict[tuple[int, ...], Unit] = {}
 
@@ -168,11 +233,11 @@ class Recorder:
     def _unit(self, args: Sequence[Any]) -> Unit:
         gm = self._captured
         if self._units:
-            gm = renamed(gm, args, owners())
-        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, _autocast(args))
+            gm = renamed(gm, args, self._session.names(args))
+        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, autocast_of(args))
 
 
-def _autocast(args: Sequence[Any]) -> tuple[str, torch.dtype] | None:
+def autocast_of(args: Sequence[Any]) -> tuple[str, torch.dtype] | None:
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
     return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
@@ -205,11 +270,8 @@ def calibrate(fast: Any, batches: Iterable[Any] | None = None, *, progress: bool
     here = Session(fast, progress, memory)
     if batches is None:
         return here
-    from qcompile.progress import track
-
     with here:
-        for batch in track(batches, "recording", progress):
-            call(fast, batch)
+        here.feed(batches)
     assert here.calibration is not None
     return here.calibration
 
@@ -229,69 +291,13 @@ def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool, folde
     with bar("calibrating", total, progress) as step:
 
         def said(line: Solved) -> None:
-            step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else ""))
+            step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else "") + f" {line.seconds:.2f} s")
 
         return Run(units, memory, lambda: step(1), said, folder).run(again)
 
 
-def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str, dict[str, Choice]]:
-    """Solutions for all sites of a matched graph with these parameters. Returns a line for the report and the choices with what was found.
-
-    What is not solved yet comes from ``options.calibration``, from calls that were recorded, or from this call itself.
-    """
-    sites = {name: (gm.meta["sites"][name], c) for name, c in gm.meta["plan"].items() if isinstance(c, Choice) and (c.methods or (c.input is not None and c.input.static))}
-    missing, left, note = [], Outcome(), "known from an earlier call"
-    names = owners() if any(site.stored for site, _ in sites.values()) else {}
-    for site, choice in sites.values():
-        record = TABLE.record(inputs[site.param.index], site.path)
-        if solution_key(site, choice) not in record.solutions:
-            if site.stored is not None:
-                owner = stored.of(inputs[site.param.index], names)
-                assert owner is not None
-                TABLE.solve(inputs[site.param.index], solution_key(site, choice), stored.live(owner), site.path)
-            elif needs_data(choice):
-                missing.append(site)
-            else:
-                notes = inapplicable(choice, view(inputs[site.param.index], site.view))
-                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(notes=notes), site.path)
-                left.solved.append(Solved(site.path, str(choice), None, 0, 0.0, notes, choice))
-    _warn_of(left)
-    if missing and options.calibration is not None:
-        note = _from_calibration(gm, inputs, options.calibration, [s.name for s in missing])
-    elif missing:
-        own = Unit(gm, inputs, _autocast(inputs))
-        kept = [u for u in KEPT if u.alive and u.shares(own) and all(s.name in u.sites and u.plan[s.name] == gm.meta["plan"][s.name] for s in missing)]
-        if not kept:
-            own.record([concrete(a) for a in inputs])
-        outcome = solve(kept or [own], budget(options.calibration_memory), progress=False, again=False)
-        _warn_of(outcome)
-        enforce(outcome, options.strict, kept or [own])
-        note = f"calibrated {len(missing)} linears on " + ("what was recorded" if kept else "the first call") + f", which had {outcome.tokens} tokens"
-    choices = {name: found(choice, TABLE.record(inputs[site.param.index], site.path).solutions[solution_key(site, choice)]) for name, (site, choice) in sites.items()}
-    return note if sites else "", choices
-
-
-def _from_calibration(gm: fx.GraphModule, inputs: Sequence[Any], given: Calibration | str | os.PathLike[str], names: Sequence[str]) -> str:
-    calibration = given if isinstance(given, Calibration) else Calibration.load(given)
-    groups: dict[Any, list[Site]] = {}
-    for name in names:
-        site, choice = gm.meta["sites"][name], gm.meta["plan"][name]
-        groups.setdefault((frozenset((name, *site.kin)), choice.input, choice.methods), []).append(site)
-    for sites in groups.values():
-        sites = sorted(sites, key=lambda s: list(gm.meta["sites"]).index(s.name))
-        seen = calibration.of(sites[0], inputs[sites[0].param.index].device)
-        means = [mean_before(gm, s.name, inputs.__getitem__) if analytical(gm.meta["plan"][s.name]) else None for s in sites]
-        members = [Member(s, gm.meta["plan"][s.name], view(inputs[s.param.index].detach(), s.view), mean) for s, mean in zip(sites, means)]
-        with compat.no_dispatch_modes(), torch.no_grad():
-            spot = place(gm, [s.name for s in sites])
-            for member, solution in zip(members, from_statistics(members, seen, lambda v, spot=spot: shared(v, spot), str(calibration))):  # type: ignore[misc]
-                p = inputs[member.site.param.index]
-                keep_codes(solution, member.choice, p)
-                TABLE.solve(p, solution_key(member.site, member.choice), solution, member.site.path)
-    return f"solved {len(names)} linears from {calibration}"
-
-
-def _warn_of(outcome: Outcome) -> None:
+def warn_of(outcome: Outcome) -> None:
+    """Warn of what was done instead of what was asked for, equal notes in one line."""
     notes: dict[str, list[str]] = {}
     for line in outcome.solved:
         for note in (n for n in line.notes if not n.startswith(CHOSE)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,13 +18,14 @@ CREATING = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like", "ones_
 VIEWS = {"view", "reshape", "narrow", "select", "slice", "getitem", "__getitem__", "transpose", "t", "unsqueeze", "squeeze", "flatten", "expand", "permute", "detach"}
 
 
-def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "") -> fx.GraphModule:
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "", names: Mapping[int, tuple[nn.Module, str, str]] | None = None) -> fx.GraphModule:
     """A private copy of Dynamo's graph. Parameters get ``meta["param"]``; inputs that the graph writes to are marked static, so that CUDA graphs apply.
 
     Names are those of the outermost live module (or start with ``root``, where the user gave one), so that a layer compiled alone has the names it has in its model.
+    ``names``: the modules that own the parameters, as ``owners`` gives them, where they are known.
     """
     copy = compat.copy_graph(gm)
-    found = owners()
+    found = dict(names) if names is not None else owners()
     for index, (node, value) in enumerate(zip(copy.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
             owner, path, name = found.get(id(value), (None, "", ""))

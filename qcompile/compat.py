@@ -206,14 +206,14 @@ def fake_mode(inputs: Sequence[Any]) -> Any:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy that owns its graph. Dynamo reads its own placeholders again after a backend returns, so its graph is never edited."""
+    """A copy that owns its graph, its code generated when it is called (as Dynamo's own). Dynamo reads its own placeholders again after a backend returns, so its graph is never edited."""
     graph, seen = fx.Graph(), {}  # type: ignore[var-annotated]
     out = graph.graph_copy(gm.graph, seen)
     graph.output(out)
     for old, new in seen.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copy: Any = fx.GraphModule(gm, graph)
+    copy: Any = torch.fx._lazy_graph_module._LazyGraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type]
@@ -309,11 +309,11 @@ def dynamo_is_off() -> str | None:
     return "TORCHDYNAMO_DISABLE is set" if config.disable else f"torch.compiler.set_stance({stance!r}) is active" if stance != "default" else None
 
 
-def trace_artifact(name: str, payload: str, encoding: str = "string") -> None:
-    """An artifact for tlparse, written where TORCH_TRACE is set."""
+def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
+    """An artifact for tlparse, made and written where TORCH_TRACE is set."""
     from torch._logging import trace_structured
 
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: payload)
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
 @contextlib.contextmanager

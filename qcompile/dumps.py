@@ -81,7 +81,7 @@ def trace_plan(sites: Mapping[str, Site], plan: Plan, kernels: Kernels) -> None:
         else:
             row |= {"kept": choice.reason}
         rows[name] = row
-    compat.trace_artifact("qcompile_plan", json.dumps(rows, indent=1), "json")
+    compat.trace_artifact("qcompile_plan", lambda: json.dumps(rows, indent=1), "json")
 
 
 def _write(path: pathlib.Path, content: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import time
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.balance import Balanced, held_by_several
-from qcompile.calibrate import KEPT, Session, call
+from qcompile.calibrate import KEPT, Session
+from qcompile.core.digest import digest
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import QTensor
 from qcompile.core.qtensor import quantize as round_to_nearest
@@ -24,12 +26,12 @@ from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
 from qcompile.options import Options
 from qcompile.passes.sites import Site, view
-from qcompile.progress import track
 from qcompile.replay import Unit
 from qcompile.sequence import Outcome, found, solution_key
 from qcompile.solve import needs_data
 from qcompile.stored import install
-from qcompile.weights import TABLE, fingerprint, owners
+from qcompile.watch import everyone
+from qcompile.weights import TABLE, fingerprint
 
 
 def quantize(
@@ -47,7 +49,8 @@ def quantize(
     ``data``: batches (a dictionary is keyword arguments, a tuple or list positional ones, anything else the only argument); recipes that need no data take the model's ``dummy_inputs`` where
     they are given none. ``options`` are those of the backend that choose schemes and linears (``weight``, ``input``, ``head``, ``ignore``, ``passes``).
     The step ``equalize`` of ``passes`` scales the model's weights in place by powers of two before they are solved, where its function stays as it is (``qcompile.balance``).
-    ``resume`` names a folder: every solved linear is kept there at once, and a run that was interrupted goes on where it stopped. Two runs on the same data give the same bits.
+    ``resume`` names a folder: every solved linear is kept there at once, and a run that was interrupted goes on where it stopped; what was kept for other data, weights or choices is solved again.
+    Two runs on the same data give the same bits.
 
     Afterwards each weight is parametrized by its codes: the model runs in eager PyTorch as it is, with the weights rounded, and ``torch.compile(model, backend="qcompile")`` multiplies the codes.
     Weights that something else reads, too (an embedding tied to the head), convolution kernels and single matrices of a stack keep their bits; a QcompileWarning names them.
@@ -73,15 +76,16 @@ def quantize(
     others, KEPT[:] = KEPT[:], []  # this data alone: what was recorded for calibrating, or by a run that was interrupted, would be counted beside it
     try:
         with Session(fast, progress, memory, folder) as sitting:
-            for batch in track(batches, "recording", progress):
-                call(fast, batch)
+            sitting.feed(batches)
     except BaseException:
         folder.balanced.restore()
         raise
     finally:
         KEPT[:] = others
     folder.balanced.forget()
-    _install(model, sitting.units)
+    start = time.perf_counter()
+    _install(model, sitting.units, folder.codes)
+    sitting.outcome.seconds["installing"] = time.perf_counter() - start
     return sitting.outcome
 
 
@@ -97,24 +101,25 @@ def _batches(model: nn.Module, options: Options, data: Iterable[Any] | None) -> 
     return [dummy]
 
 
-def _install(model: nn.Module, units: Sequence[Unit]) -> None:
-    """Parametrize every weight that was solved and that nothing but its linear reads."""
-    names, done = owners(), set()
+def _install(model: nn.Module, units: Sequence[Unit], codes: dict[Key, QTensor]) -> None:
+    """Parametrize every weight that was solved and that nothing but its linear reads. ``codes`` are those of rounding to nearest that are known; the others are rounded again."""
+    held, done = {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}, set()
     kept: dict[int, str] = {}
     several = held_by_several(model)
     todo = [(unit.sites[name], choice, weakref.ref(unit.parameter(unit.sites[name]))) for unit in units for name, choice in unit.plan.items() if _solved(unit, name)]
     for unit in units:  # several graphs may read one weight: all are asked
         for site in (unit.sites[name] for name in unit.plan if _solved(unit, name)):
             p = unit.parameter(site)
-            if reason := "another module holds it, too" if id(p) in several else _unfit(unit, site):
+            if reason := "the model does not hold it" if id(p) not in held else "another module holds it, too" if id(p) in several else _unfit(unit, site):
                 kept.setdefault(id(p), f"{site.path} ({reason})")
     for site, choice, ref in todo:
         parameter = ref()
         if parameter is None or id(parameter) in kept or id(parameter) in done:
             continue
-        owner, _, attribute = names[id(parameter)]
+        owner, attribute = held[id(parameter)]
         record = TABLE.record(parameter, site.path)
         solution = record.solutions[solution_key(site, choice)].now()
+        solution.q = codes.pop((id(parameter), *solution_key(site, choice)), None) if solution.q is None else solution.q
         if solution.q is None:
             with torch.no_grad():
                 solution.q = round_to_nearest(solution.prepared(view(parameter.detach(), site.view)), choice.weight, name=site.path)
@@ -155,11 +160,22 @@ def _alike(unit: Unit, site: Site) -> bool:
     return all(how == site.view and isinstance(c, Choice) and c.key == first.key and not c.methods and not (c.input and c.input.static) for how, c in choices)
 
 
+Key = tuple[int, str, str, str]
+"""id of a parameter, and the key of one of its solutions."""
+
+
 class _Folder:
-    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is kept."""
+    """Solutions as files, one for each linear: what makes a long run resumable. Without a path nothing is written. ``codes`` of rounding to nearest wait here for the end of the run.
+
+    A file counts for the weight, the choice and what came before: a digest of the data, of parameters that are not solved, and of all solutions before it.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None, balanced: Balanced) -> None:
         self.balanced = balanced
+        self.codes: dict[Key, QTensor] = {}
+        self.bytes = 0
+        self._before = b""
+        self._states: dict[int, tuple[object, ...]] = {}
         self.path = pathlib.Path(path) if path is not None else None
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -168,21 +184,42 @@ class _Folder:
         assert self.path is not None
         return self.path / (re.sub(r"[^\w.@-]", "_", site.name) + ".safetensors")
 
+    def begin(self, units: Sequence[Unit]) -> None:
+        """The data of a run, that of all processes."""
+        if self.path is None:
+            return
+        seen: list[object] = []
+        for unit in units:
+            solved = {id(unit.parameter(unit.sites[name])) for name in unit.plan if _solved(unit, name)}
+            seen += [self._state(p) for p in unit.parameters() if id(p) not in solved]
+            seen += [(i, fingerprint(a) if isinstance(a, Tensor) else repr(a)) for call in unit.calls for i, a in call.args.items()]
+        self._before = digest(*(repr(part).encode() for part in everyone(seen)))
+
+    def passed(self, solved: Sequence[tuple[Site, Choice, Solution, Tensor]]) -> None:
+        """These sites are solved: later ones see their outputs."""
+        if self.path is not None:
+            parts = [(site.name, choice.key, self._state(p), [fingerprint(t) for t in _tensors(solution).values()]) for site, choice, solution, p in solved]
+            self._before = digest(self._before, repr(parts).encode())
+
+    def _state(self, p: Tensor) -> tuple[object, ...]:
+        if id(p) not in self._states:
+            self._states[id(p)] = fingerprint(p)
+        return self._states[id(p)]
+
     def save(self, site: Site, choice: Choice, solution: Solution, p: Tensor) -> None:
         """Write one solution; the file appears whole or not at all."""
         from safetensors.torch import save_file
 
         if self.path is None:
             return
-        tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
-        tensors |= {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
-        about = {"key": choice.key, "weight": repr(solution.state or fingerprint(p)), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
+        tensors = _tensors(solution)
+        about = {"key": choice.key, "weight": repr(self._state(p)), "before": self._before.hex(), "solved": bool(solution.state), "heads": solution.heads, "tokens": solution.tokens, "decibels": solution.decibels, "notes": solution.notes, "k": site.k}
         part = self._file(site).with_suffix(".part")
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, str(part), metadata={"qcompile": json.dumps(about)})
         part.replace(self._file(site))
 
     def load(self, site: Site, choice: Choice, p: Tensor) -> Solution | None:
-        """The solution that was kept for this weight and choice; None where there is none, or it was for other values."""
+        """The solution that was kept for this weight, choice and input; None where there is none, or it was for other values."""
         from safetensors import safe_open
 
         if self.path is None or not self._file(site).is_file():
@@ -190,8 +227,8 @@ class _Folder:
         with safe_open(str(self._file(site)), "pt") as file:
             about = json.loads(file.metadata()["qcompile"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        state = fingerprint(p)
-        if about["key"] != choice.key or about["weight"] != repr(state):
+        state = self._state(p)
+        if (about["key"], about["weight"], about.get("before")) != (choice.key, repr(state), self._before.hex()):
             return None
         packed = [tensors[f"q{i}"] for i in range(sum(key[0] == "q" and key[1:].isdigit() for key in tensors))]
         q = QTensor.unflatten(packed, choice.weight, about["k"]) if packed else None
@@ -200,6 +237,12 @@ class _Folder:
         solution = Solution(smooth, outliers, bias, range=ranges, q=q, heads=about["heads"], tokens=about["tokens"], decibels=about["decibels"], notes=tuple(about["notes"]))
         solution.state = state if about["solved"] else ()
         return solution.to(p.device)
+
+
+def _tensors(solution: Solution) -> dict[str, Tensor]:
+    """What a file holds of a solution."""
+    tensors = {name: t for name in ("smooth", "outliers", "bias") if (t := getattr(solution, name)) is not None}
+    return tensors | {f"range{i}": t for i, t in enumerate(solution.range)} | {f"q{i}": t for i, t in enumerate(solution.q.flatten() if solution.q is not None else ())}
 
 
 __all__ = ["quantize"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -33,17 +34,13 @@ NARROW = 1.5
 
 @dataclass
 class Call:
-    """Arguments of one call of a unit, parameters left out; which of them are outputs of earlier calls, and what this call returned once it ran quantized."""
+    """Arguments of one call of a unit, parameters left out; which of them are outputs of earlier calls; what is carried (``parked``: in host memory, and where it belongs), and what this call returned once it ran quantized."""
 
     args: dict[int, Any]
     links: dict[int, tuple[Call, int]] = field(default_factory=dict)
     env: Env = field(default_factory=dict)
+    parked: dict[fx.Node, torch.device] = field(default_factory=dict)
     outputs: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the recorded tensors."""
-        return sum(a.nbytes for a in self.args.values() if isinstance(a, Tensor))
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class Unit:
 
     def __init__(self, gm: fx.GraphModule, args: Sequence[Any], autocast: tuple[str, torch.dtype] | None = None) -> None:
         self.gm, self.autocast = gm, autocast
+        self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)  # one for all runs: it is made from the whole graph, runs are short and drop values themselves
         self.nodes = list(gm.graph.nodes)
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
         self.calls: list[Call] = []
@@ -111,9 +109,9 @@ class Unit:
         """All parameters still exist."""
         return all(ref() is not None for ref in self._params.values())
 
-    def record(self, args: Sequence[Any], links: Mapping[int, tuple[Call, int]] | None = None) -> Call:
-        """Keep one call: its tensors are cloned, so that what the model writes to later does not change them."""
-        call = Call({i: a.detach().clone() if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in self._params}, dict(links or {}))
+    def record(self, args: Sequence[Any], links: Mapping[int, tuple[Call, int]] | None = None, copied: Callable[[Tensor], Tensor] = lambda t: t.detach().clone()) -> Call:
+        """Keep one call: its tensors are copied, so that what the model writes to later does not change them."""
+        call = Call({i: copied(a) if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in self._params}, dict(links or {}))
         self.calls.append(call)
         return call
 
@@ -121,7 +119,7 @@ class Unit:
         """Forget what a run computed; the recorded arguments stay."""
         self.cut = len(self.placeholders)
         for call in self.calls:
-            call.env, call.outputs = {}, None
+            call.env, call.parked, call.outputs = {}, {}, None
 
     def _find_groups(self) -> list[Group]:
         found: dict[tuple[fx.Node, int], list[fx.Node]] = {}
@@ -148,18 +146,21 @@ class Unit:
 
     def run(self, env: Env, start: int, stop: int, product: Callable[[Unit, fx.Node, Env], Any] | None) -> Any:
         """Execute nodes ``start`` to ``stop`` on ``env``, dropping values that nothing later needs; ``product`` computes sites that are quantized already (None: it is not)."""
-        interpreter = fx.Interpreter(self.gm)
+        interpreter = self._interpreter
         interpreter.env = env
-        for node in self.nodes[start:stop]:
-            if node.op == "output":
-                return interpreter.run_node(node)
-            value = product(self, node, env) if product is not None and "site" in node.meta else None
-            env[node] = interpreter.run_node(node) if value is None else value
-            for source in node.all_input_nodes:
-                if self._last[source] <= self._index[node]:
-                    env.pop(source, None)
-            if not node.users:
-                env.pop(node, None)
+        try:
+            for node in self.nodes[start:stop]:
+                if node.op == "output":
+                    return interpreter.run_node(node)
+                value = product(self, node, env) if product is not None and "site" in node.meta else None
+                env[node] = interpreter.run_node(node) if value is None else value
+                for source in node.all_input_nodes:
+                    if self._last[source] <= self._index[node]:
+                        env.pop(source, None)
+                if not node.users:
+                    env.pop(node, None)
+        finally:
+            interpreter.env = {}
         return None
 
     def live_bytes(self, position: int) -> int:
@@ -201,6 +202,11 @@ class Unit:
             return clones[key].view(value.dtype).as_strided(value.shape, value.stride(), value.storage_offset())
 
         return {node: copied(value) for node, value in env.items()}
+
+
+def nbytes(units: Sequence[Unit]) -> int:
+    """Bytes of the recorded tensors; calls may share some."""
+    return sum({id(a): a.nbytes for unit in units for call in unit.calls for a in call.args.values() if isinstance(a, Tensor)}.values())
 
 
 ALIASES = {"chunk", "split", "unbind", "tensor_split", "unflatten", "view_as", "expand_as", "swapaxes", "swapdims", "movedim", "contiguous", "to", "float", "type_as", "getattr", "T", "mT", "data"}
@@ -246,19 +252,48 @@ def advance(unit: Unit, group: Group, product: Callable[[Unit, fx.Node, Env], An
     elif group.position > unit.cut:
         position, size = unit.best_cut(unit.cut + 1, group.position)
     carry = position > unit.cut and (size * len(unit.calls) <= budget or size <= unit.narrow)
+    start = position if carry else unit.cut
+    over = unit.live_bytes(start) * len(unit.calls) > budget
     with as_recorded(unit):
         for call in unit.calls:
             if not call.env:
                 unit.begin(call)
+            fetch(call)
             if carry:
                 unit.run(call.env, unit.cut, position, product)
-            start = position if carry else unit.cut
             env = unit.private(call.env, start, group.position)
             unit.run(env, start, group.position, product)
             see(env)
+            del env
+            if over:
+                park(unit, call)
             tick()
     if carry:
         unit.cut = position
+
+
+def park(unit: Unit, call: Call) -> None:
+    """Move carried values to host memory. Those that share their storage stay: what is written to one is written to all."""
+    given = [*unit.parameters(), *call.args.values(), *call.env.values()]
+    count = Counter(t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor))
+    for node, value in call.env.items():
+        if node.op != "placeholder" and isinstance(value, Tensor) and _far(value) and value.is_contiguous() and count[value.untyped_storage().data_ptr()] == 1:
+            call.parked[node], call.env[node] = value.device, _to_host(value)
+
+
+def fetch(call: Call) -> None:
+    """Bring parked values back."""
+    for node, device in call.parked.items():
+        call.env[node] = call.env[node].to(device)
+    call.parked.clear()
+
+
+def _far(value: Tensor) -> bool:
+    return value.device.type != "cpu"
+
+
+def _to_host(value: Tensor) -> Tensor:
+    return value.to("cpu")
 
 
 def finish(unit: Unit, product: Callable[[Unit, fx.Node, Env], Any], see: Callable[[Call, Any], None] | None = None) -> None:
@@ -267,6 +302,7 @@ def finish(unit: Unit, product: Callable[[Unit, fx.Node, Env], Any], see: Callab
         for call in unit.calls:
             if not call.env:
                 unit.begin(call)
+            fetch(call)
             call.outputs = unit.run(call.env, unit.cut, len(unit.nodes), product)
             call.env = {}
             if see is not None:

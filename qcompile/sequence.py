@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from qcompile import stored
@@ -20,14 +19,15 @@ from qcompile.core.errors import CalibrationError, WeightError
 from qcompile.core.qtensor import dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
-from qcompile.core.stats import check_finite, merge_all, new, update_all
+from qcompile.core.stats import check_finite
 from qcompile.memory import is_released
 from qcompile.passes import SOLVERS, experts, producers
 from qcompile.passes.norms import mean_before
 from qcompile.passes.sites import Site, view
 from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
-from qcompile.solve import Member, Observed, Product, analytical, complete, decibels, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.solve import Member, Observed, Product, analytical, complete, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
+from qcompile.watch import Watch, measured
 from qcompile.weights import TABLE, fingerprint, owners
 
 HELD = 1 << 30
@@ -60,57 +60,8 @@ class Outcome:
     solved: list[Solved] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
     tokens: int = 0
-
-
-class Watch:
-    """Takes statistics of the rows that a group reads, those of each expert apart where the group has any."""
-
-    def __init__(self, names: Sequence[str], k: int, count: int, device: torch.device, per_expert: Sequence[str], by: Tensor | None = None) -> None:
-        self._names, self._k, self._by, self._per_expert = names, k, by, per_expert
-        self._error = ""
-        self.seen = Observed(new(names, k, device), 0, [Observed(new(per_expert, k, device), 0) for _ in range(count)] if count > 1 else ())
-
-    def take(self, rows: Tensor, which: Tensor | None, where: str) -> None:
-        """Add rows (T, K). Raises CalibrationError where they are not finite; one of several processes waits with that until they merge, where all raise it and none is left waiting."""
-        if self._error:
-            return
-        if bad := check_finite(rows):
-            self._error = f"{bad} values of the input of {where} are NaN or infinite in the calibration data, which cannot be calibrated on; the model is as it was"
-            if _processes() == 1:
-                raise CalibrationError(self._error)
-            return
-        if self._by is not None:
-            rows = rows / self._by if rows.dtype == torch.float64 else rows.float() / self._by
-        self.seen = Observed(update_all(self.seen.stats, rows, self._names), self.seen.tokens + rows.shape[0], self.seen.experts)
-        if which is not None:
-            for e in which.unique().tolist():
-                if e < len(self.seen.experts):
-                    one, mine = self.seen.experts[e], rows[which == e]
-                    self.seen.experts[e] = Observed(update_all(one.stats, mine, self._per_expert), one.tokens + mine.shape[0])  # type: ignore[index]
-
-    def merged(self) -> Observed:
-        """The statistics of all processes. Raises CalibrationError in all where one has seen what is not finite."""
-        return _across(self.seen, self._error)
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _across(seen: Observed, error: str) -> Observed:
-    """Merged over the process group, where there is one; an error of one process is that of all."""
-    if (count := _processes()) == 1:
-        return seen
-    device = next((t.device for state in seen.stats.values() for t in state.values()), torch.device("cpu"))
-    gathered: list[Any] = [None] * count
-    dist.all_gather_object(gathered, error or seen.to("cpu"))
-    if errors := [f"process {rank}: {found}" for rank, found in enumerate(gathered) if isinstance(found, str)]:
-        raise CalibrationError("; ".join(errors))
-    whole: Observed = gathered[0]
-    for other in gathered[1:]:
-        parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
-        whole = Observed(merge_all(whole.stats, other.stats), whole.tokens + other.tokens, parts)
-    return whole.to(device)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of recording, solving and, offline, installing."""
 
 
 class Run:
@@ -134,6 +85,29 @@ class Run:
             for unit in self.units:
                 unit.reset()
 
+    def judge(self) -> Outcome:
+        """Measure what is solved already, each site and the output, on the calls of this process alone."""
+        try:
+            for unit in self.units:
+                for group in unit.groups:
+                    members = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
+                    known = [(m, s) for m in members if (s := self._solution(unit, m.site, m.choice)) is not None]
+                    if known:
+                        weight = known[0][0].weight
+                        watch = self._watch([(unit, group)], group.names, Watch(("samples",), weight.shape[-1], 1, weight.device, (), routed=weight.dim() == 3, alone=True))
+                        self._measure(known, watch, 0.0)
+                self._finish(unit)
+        finally:
+            for unit in self.units:
+                unit.reset()
+        return self.outcome
+
+    def _measure(self, known: Sequence[tuple[Member, Solution]], watch: Watch, seconds: float) -> None:
+        rows, routes = watch.merged().stats["samples"]["rows"].float(), watch.routes()
+        for member, solution in known:
+            solution.decibels = measured(member, solution, rows, routes)
+            self._say(member, solution, seconds, spread(rows, solution, member.choice) if rows.numel() else None)
+
     def _equalize(self) -> None:
         if self.folder is None:
             refuse_equalize([m for unit in self.units for c in unit.plan.values() if isinstance(c, Choice) for m in c.methods], "options['passes']")
@@ -141,6 +115,8 @@ class Run:
             self.folder.balanced.apply(self.units)
 
     def _run(self, again: bool) -> Outcome:
+        if self.folder is not None:
+            self.folder.begin(self.units)
         order = list(stages(self.units))
         last = {id(unit): i for i, stage in enumerate(order) for unit, _ in stage}
         maker = {id(call): unit for unit in self.units for call in unit.calls}
@@ -179,22 +155,25 @@ class Run:
 
     def _group(self, stage: Sequence[tuple[Unit, Group]], again: bool) -> None:
         unit, group = stage[0]
-        members = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
-        members = [m for m in members if (again or self._solution(unit, m.site, m.choice) is None) and not self._resumed(unit, m)]
+        all_of_it = [self._member(unit, name) for name in group.names if unit.sites[name].stored is None]
+        members = [m for m in all_of_it if (again or self._solution(unit, m.site, m.choice) is None) and not self._resumed(unit, m)]
         for batch in _alike(members):
             self._solve(stage, unit, group, batch)
+        if self.folder is not None:
+            self.folder.passed([(m.site, m.choice, s, unit.parameter(m.site)) for m in all_of_it if (s := self._solution(unit, m.site, m.choice)) is not None])
 
     def _solve(self, stage: Sequence[tuple[Unit, Group]], unit: Unit, group: Group, members: list[Member]) -> None:
         start = time.perf_counter()
         choice, k, names = members[0].choice, members[0].site.k, [m.site.name for m in members]
+        count, device, routed = max(m.site.experts for m in members), members[0].weight.device, members[0].weight.dim() == 3
         if not needs_data(choice):
-            seen = self._watch(stage, names, Watch(("samples",), k, 1, members[0].weight.device, ())).merged()  # to measure the output
+            watch = self._watch(stage, names, Watch(("samples",), k, 1, device, (), routed=routed))  # to measure the output
+            seen = watch.merged()
             solutions = complete(members, Solution(tokens=seen.tokens), Observed({}, 0))
         else:
             first, then = first_needs(choice), then_needs(choice)
             afresh = [name for name in then if name in AFRESH] if first else []
-            count, device = max(m.site.experts for m in members), members[0].weight.device
-            watch = self._watch(stage, names, Watch(tuple(dict.fromkeys((*first, *(n for n in then if n not in afresh), "samples"))), k, count, device, then))
+            watch = self._watch(stage, names, Watch(tuple(dict.fromkeys((*first, *(n for n in then if n not in afresh), "samples"))), k, count, device, then, routed=routed))
             seen = watch.merged()
             if seen.tokens == 0:
                 raise CalibrationError(f"the calibration data gave {names[0]} no rows; call the model with data that is typical")
@@ -206,22 +185,25 @@ class Run:
                 second = self._watch(stage, names, Watch(tuple(afresh), k, 1, device, (), s)).merged()
                 at = Observed({**at.stats, **second.stats}, at.tokens, at.experts)
             solutions = complete(members, shared, at)
+        rows, routes = seen.stats["samples"]["rows"].float(), watch.routes()
         for member, solution in zip(members, solutions):
             self._keep(unit, member, solution)
-            rows = seen.stats["samples"]["rows"].float()
-            if rows.numel() and member.weight.dim() == 2:
-                exact = rows @ member.weight.float().T
-                solution.decibels = decibels(exact, Product(solution, member.choice, member.weight, torch.float32)(rows))
+            solution.decibels = measured(member, solution, rows, routes)
             self._settle(unit, member, solution)
             self._say(member, solution, (time.perf_counter() - start) / len(members), spread(rows, solution, member.choice) if rows.numel() else None)
 
     def _settle(self, unit: Unit, member: Member, solution: Solution) -> None:
-        """Codes as they are kept; offline they wait in host memory until they take the weight's place."""
-        p = unit.parameter(member.site)
+        """Codes as they are kept; offline they wait until they take the weight's place: solved ones in host memory, rounded ones where they are, while there is room."""
+        p, q = unit.parameter(member.site), solution.q
         keep_codes(solution, member.choice, p)
-        if self.folder is not None:
-            self.folder.save(member.site, member.choice, solution, p)
+        if self.folder is None:
+            return
+        self.folder.save(member.site, member.choice, solution, p)
+        if solution.q is not None:
             solution.q = solution.to(torch.device("cpu")).q
+        elif q is not None and self.folder.bytes + q.nbytes <= self.budget:
+            self.folder.bytes += q.nbytes
+            self.folder.codes[id(p), *solution_key(member.site, member.choice)] = q
 
     def _say(self, member: Member, solution: Solution, seconds: float, spread: float | None = None) -> None:
         notes = (*solution.notes, *([n] if self.folder is not None and (n := self.folder.balanced.notes.get(member.site.name)) else []))
@@ -279,7 +261,10 @@ class Run:
         made = self._products.get(key)
         if made is None:
             weight = view(p.detach(), site.view) if site.stored is None else dequantize(solution.q)  # type: ignore[arg-type]
-            made = self._products[key] = Product(solution.now().to(p.device), choice, weight, dtype)
+            now = solution.now().to(p.device)
+            if now.q is None and self.folder is not None:
+                now.q = self.folder.codes.get(key[:-1])
+            made = self._products[key] = Product(now, choice, weight, dtype)
             while sum(m.nbytes for m in self._products.values()) > HELD and len(self._products) > 1:
                 self._products.popitem(last=False)
         self._products.move_to_end(key)

@@ -5,21 +5,35 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from qcompile.core.errors import CalibrationError
+from qcompile.core.errors import CalibrationError, QcompileWarning
 from qcompile.core.recipe import Choice
 from qcompile.core.stats import STATISTICS, Stats, from_tensors, to_tensors
 from qcompile.passes.sites import Site
 from qcompile.replay import Call, Group, Unit, as_recorded, rows_of
-from qcompile.sequence import Outcome, Watch
+from qcompile.sequence import Outcome
 from qcompile.solve import Observed, first_needs, then_needs
+from qcompile.watch import Watch
+from qcompile.weights import fingerprint
 
 ALWAYS = ("absmax", "minmax", "moments", "histogram")
 """Statistics that a saved calibration always has: they are small."""
-VERSION = 1
+VERSION = 2
+FINGERPRINTED = 16
+"""Rows of a weight, evenly spaced, that tell it from another one."""
+
+
+def identity(p: Tensor) -> tuple[str, str]:
+    """(dtype, a print of some rows): whether a weight is the one that was calibrated."""
+    rows = p.detach().reshape(1, -1) if p.dim() < 2 else p.detach().flatten(0, -2)
+    seen = fingerprint(rows[:: max(1, rows.shape[0] // FINGERPRINTED)])
+    return str(p.dtype), " ".join(map(str, seen[2:]))
 
 
 class Calibration:
@@ -29,6 +43,8 @@ class Calibration:
         self._units, self._budget, self._source = list(units), budget, source
         self.outcome = outcome or Outcome()
         self._seen: dict[str, Observed] = {}
+        self._weights: dict[str, tuple[tuple[int, ...], tuple[str, str]]] = {}
+        """Shape and identity of each linear's weight."""
 
     def __str__(self) -> str:
         return f"calibration {self._source!r}" if self._source else "the calibration"
@@ -38,18 +54,30 @@ class Calibration:
         wanted = dict.fromkeys((*ALWAYS, *names, *(n for u in self._units for c in u.plan.values() if isinstance(c, Choice) for n in (*first_needs(c), *then_needs(c)))))
         if self._units and any(set(wanted) - set(s.stats) for s in self._seen.values() or [Observed({}, 0)]):
             self._seen = collect(self._units, tuple(wanted), self._budget)
+            self._weights = {s.name: (s.shape, identity(u.parameter(s))) for u in self._units for s in u.sites.values() if s.name in self._seen}
         return self._seen
 
-    def of(self, site: Site, device: torch.device) -> Observed:
+    def of(self, site: Site, device: torch.device | str) -> Observed:
         """The statistics of one site's input. Raises CalibrationError where they are of another model, naming the site."""
         seen = self.statistics()
         if site.name not in seen:
             raise CalibrationError(f"{self} knows nothing of {site.name}; it is of another model, whose linears begin with {', '.join(list(seen)[:4]) or 'none'}")
-        one = seen[site.name]
-        width = next((t["absmax"].shape[0] for n, t in one.stats.items() if n == "absmax"), site.k)
-        if width != site.k:
-            raise CalibrationError(f"{self} is of another model: {site.path} has {site.k} input channels, there it has {width}")
-        return one.to(device)
+        return seen[site.name].to(device)
+
+    def check(self, sites: Sequence[Site], inputs: Sequence[Any]) -> None:
+        """Raises CalibrationError for the first site that is not known or whose shape is another one, and warns where weights are not those that were calibrated."""
+        changed = []
+        for site in sites:
+            self.of(site, "cpu")
+            shape, known = self._weights[site.name]
+            if shape != site.shape:
+                raise CalibrationError(f"{self} is of another model: {site.path} is {'x'.join(map(str, site.shape))}, there it is {'x'.join(map(str, shape))}")
+            mine = identity(inputs[site.param.index])
+            if mine[0] == known[0] and mine != known:  # after a cast they cannot be compared
+                changed.append(site.path)
+        if changed:
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            warnings.warn(f"qcompile: {self} was taken with other weights of {', '.join(changed[:4])}{more}: calibrate this model again for statistics of its own", QcompileWarning, stacklevel=3)
 
     def save(self, path: str | os.PathLike[str], *names: str) -> None:
         """Write statistics to one safetensors file; ``names`` adds to those that the recipe needs (``"hessian"``, ``"samples"``)."""
@@ -57,7 +85,7 @@ class Calibration:
 
         seen = self.statistics(*names)
         tensors = {key: t.cpu() for site, one in seen.items() for key, t in to_tensors(one.stats, f"{site}/").items()}
-        about = {"version": VERSION, "tokens": {site: one.tokens for site, one in seen.items()}}
+        about = {"version": VERSION, "tokens": {site: one.tokens for site, one in seen.items()}, "weights": self._weights}
         save_file({k: t.clone() for k, t in tensors.items()}, os.fspath(path), metadata={"qcompile": json.dumps(about)})
 
     @classmethod
@@ -77,6 +105,7 @@ class Calibration:
             raise CalibrationError(f"{os.fspath(path)!r} holds no calibration of this version of qcompile; Calibration.save writes one")
         self = cls(source=os.fspath(path))
         self._seen = {site: Observed(from_tensors(tensors, f"{site}/"), count) for site, count in about["tokens"].items()}
+        self._weights = {site: (tuple(shape), tuple(known)) for site, (shape, known) in about["weights"].items()}
         return self
 
     def merge(self, other: Calibration) -> Calibration:
@@ -84,6 +113,7 @@ class Calibration:
         from qcompile.core.stats import merge_all
 
         mine, theirs, out = self.statistics(), other.statistics(), Calibration(source=self._source)
+        out._weights = {**other._weights, **self._weights}
         for site in {**mine, **theirs}:
             a, b = mine.get(site), theirs.get(site)
             out._seen[site] = Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) if a and b else (a or b)  # type: ignore[assignment]

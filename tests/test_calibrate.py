@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -22,6 +23,7 @@ from qcompile.calibrate import KEPT, calibrate, session
 from qcompile.core.errors import CalibrationError, OptionError, QcompileWarning
 from qcompile.core.qtensor import dequantize
 from qcompile.options import Options, memory_of
+from qcompile.replay import nbytes
 from qcompile.statistics import Calibration
 from qcompile.weights import TABLE
 
@@ -127,6 +129,28 @@ def test_sittings_add_up_over_a_graph_break():
     assert same_codes(one, two)
 
 
+def test_a_sitting_that_is_too_large_to_keep_says_so(monkeypatch):
+    monkeypatch.setattr(sys.modules["qcompile.calibrate"], "KEEP_BYTES", XS[0].nbytes)
+    model = Mlp()
+    fast = compiled(model, dynamic=False)
+    sitting, texts = sit(fast)
+    assert any("another sitting begins anew, without its calls" in t for t in texts) and sitting.outcome.tokens == 160
+    again, _ = sit(fast, XS[:1])
+    assert again.outcome.tokens == XS[0].shape[0]
+
+
+def test_the_bar_shows_loss_and_time(monkeypatch):
+    said = []
+    monkeypatch.setattr("qcompile.progress.bar", contextlib.contextmanager(lambda *_: iter([lambda count, text=None: said.append(text)])))
+    sit(compiled(Mlp(), dynamic=False))
+    assert [bool(re.fullmatch(rf"{name} \d+\.\d dB \d+\.\d\d s", text)) for name, text in zip("abc", filter(None, said), strict=True)] == [True] * 3
+
+
+def test_seconds_of_each_step():
+    sitting, _ = sit(compiled(Mlp(), dynamic=False))
+    assert list(sitting.outcome.seconds) == ["recording", "solving"] and min(sitting.outcome.seconds.values()) > 0
+
+
 def test_another_recipe_begins_anew():
     """What was recorded under one recipe is not solved again under another's name."""
     model = Mlp()
@@ -215,8 +239,9 @@ def test_no_call_inside():
     fast = compiled(Mlp())
     with pytest.raises(CalibrationError, match="no graph of qcompile ran"), calibrate(fast, progress=False):
         pass
-    with pytest.raises(CalibrationError, match="no graph of qcompile ran"):
-        calibrate(fast, [], progress=False)
+    for nothing in ([], iter([])):
+        with pytest.raises(CalibrationError, match="the data is empty"):
+            calibrate(fast, nothing, progress=False)
 
 
 def test_a_model_that_is_not_compiled():
@@ -237,9 +262,49 @@ def test_memory_for_calls():
     model = Mlp()
     fast = compiled(model, dynamic=False)
     sitting, texts = sit(fast, memory=2 * XS[0].nbytes)
-    assert sitting.outcome.tokens == 80 and any("2 calls were not recorded" in t for t in texts)
-    with pytest.raises(CalibrationError, match=r"1 bytes of memory hold no call"), calibrate(compiled(Mlp()), progress=False, memory=1) as sitting:
+    assert sitting.outcome.tokens == 80 and any("2 batches were not recorded" in t for t in texts)
+    with pytest.raises(CalibrationError, match=r"1 bytes of memory hold no batch"), calibrate(compiled(Mlp()), progress=False, memory=1) as sitting:
         sitting.fast(XS[0])
+
+
+@pytest.mark.parametrize("fed", [True, False])
+def test_a_batch_is_recorded_whole_or_not_at_all(fed):
+    """Three of the second batch's four layers would fit."""
+    model = Stack(4)
+    for layer in model.layers:
+        layer.compile(backend="qcompile", dynamic=False, options=GPTQ)
+    batches = [XS[0], XS[1], XS[2][:5]]
+    with said() as texts, calibrate(model, progress=False, memory=7 * XS[0].nbytes) as sitting:
+        if fed:
+            sitting.feed(batches)
+        else:
+            for x in batches:
+                model(x)
+    assert {line.tokens for line in sitting.outcome.solved} == {45} and len(sitting.outcome.solved) == 8
+    assert any("1 batches were not recorded" in t for t in texts)
+
+
+class Rotated(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(48))
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(self.table * self.a(x))))
+
+
+def test_buffers_are_copied_once():
+    """Until they are written to."""
+    model = Rotated()
+    with said(), calibrate(compiled(model, dynamic=False), progress=False) as sitting:
+        for x in XS:
+            sitting.fast(x)
+            if x is XS[1]:
+                model.table.mul_(2)
+    tables = [next(t for t in call.args.values() if t.shape == (48,)) for call in sitting.units[0].calls]
+    assert [any(t is other for other in tables[:i]) for i, t in enumerate(tables)] == [False, True, False, True]
+    assert torch.equal(tables[0] * 2, tables[2]) and tables[2] is not model.table
+    assert nbytes(sitting.units) == sum(x.nbytes for x in XS) + 2 * 48 * 4
 
 
 def test_of_another_dtype():
@@ -661,8 +726,8 @@ def test_the_option_bounds_the_memory():
     """``calibration_memory`` where the context was given none; a limit of its own wins."""
     model = Net()
     fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8_STATIC", "lower": "eager", "calibration_memory": "1kB"})
-    with pytest.raises(CalibrationError, match="1000 bytes of memory hold no call"):
+    with pytest.raises(CalibrationError, match="1000 bytes of memory hold no batch"):
         calibrate(fast, [torch.randn(64, 32)], progress=False)
-    with pytest.warns(QcompileWarning, match="2 calls were not recorded"):
+    with pytest.warns(QcompileWarning, match="2 batches were not recorded"):
         assert calibrate(fast, [torch.randn(6, 32) for _ in range(3)], progress=False).outcome.tokens == 6
     assert calibrate(fast, [torch.randn(64, 32)], progress=False, memory="1MB").outcome.tokens >= 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import pytest
@@ -243,6 +244,37 @@ def test_the_first_call_is_judged():
     assert any("calibrated 8 linears on the first call" in t for t in texts) and any("has collapsed" in t for t in texts)
     with torch.no_grad(), pytest.raises(Exception, match="collapsed"):
         torch.compile(model(0, 1, 2, 3, bare=True), backend="qcompile", options={**TENSOR, "strict": True})(DATA[0])
+
+
+def saved(path, *outliers, bare=False):
+    kept = model(*outliers, bare=bare)  # statistics are taken when they are asked for: of a model that lives
+    with said():
+        calibrate(torch.compile(kept, backend="qcompile", options=TENSOR), DATA, progress=False).save(path)
+    return path
+
+
+def test_what_is_solved_from_a_file_is_judged(tmp_path):
+    """On the first call, in each linear and at the output."""
+    for bare, name in ((True, "the model's output has collapsed"), (False, r"linears far below their peers: layers.2.up (")):
+        made = (0, 1, 2, 3) if bare else (2,)
+        path = saved(str(tmp_path / "c.safetensors"), *made, bare=bare)
+        fast = [torch.compile(model(*made, bare=bare), backend="qcompile", options={**TENSOR, "calibration": path, "strict": strict}) for strict in (False, True)]
+        with said() as texts, torch.no_grad():
+            fast[0](DATA[0])
+        assert len([t for t in texts if name in t]) == 1
+        with torch.no_grad(), pytest.raises(Exception, match=re.escape(name)):
+            fast[1](DATA[0])
+
+
+def test_judging_is_no_calibration(tmp_path):
+    """A first call with values that are not finite computes what it did; what is fine passes in silence."""
+    path, bad = saved(str(tmp_path / "c.safetensors")), DATA[0].clone()
+    bad[0, 0, 0] = math.nan
+    for x in (DATA[0], bad):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", QcompileWarning)
+            y = torch.compile(model(), backend="qcompile", options={**TENSOR, "calibration": path, "strict": True})(x)
+        assert torch.isfinite(y[1]).all()
 
 
 def test_enforce_without_findings_keeps_solutions():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
 import weakref
 
 import pytest
@@ -174,6 +175,25 @@ def test_ties_ignored_linears_and_the_head():
     assert str(same(model, ids)[0].plan["head"]) == "int4.g16"
 
 
+class Borrowing(nn.Module):
+    """Calls a linear that it does not hold."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.own = nn.Linear(32, 32)
+        self.other = [other]
+
+    def forward(self, x):
+        return self.own(self.other[0](x))
+
+
+def test_a_linear_of_another_model_is_left_alone():
+    other = nn.Linear(32, 32)
+    with pytest.warns(qcompile.QcompileWarning, match=r"kept in 16 bits: weight \(the model does not hold it\)"):
+        model = quantized(Borrowing(other))
+    assert stored(model) == {"own"} and type(other) is nn.Linear
+
+
 def test_what_is_left_of_a_quantized_model():
     """The default recipe touches nothing more; one that is named does."""
     model = quantized(Net(), **G16, ignore=["down"])
@@ -312,9 +332,37 @@ def test_what_was_kept_for_other_weights_or_another_recipe_is_not_used(monkeypat
         model.b.weight.mul_(1.5)
     with spied(monkeypatch) as seen:
         quantized(copy.deepcopy(model), data=data, resume=tmp_path, **GPTQ)
-        assert [tuple(w.shape) for w, _ in seen] == [(48, 32)[::-1]]
+        assert [tuple(w.shape) for w, _ in seen] == [(32, 48), (16, 32)]  # c reads what b gives
         quantized(model, data=data, resume=tmp_path, **{**GPTQ, "weight": "int4.g8"})
-    assert len(seen) == 4
+    assert len(seen) == 5
+
+
+def test_what_was_kept_for_other_data_is_not_used(monkeypatch, tmp_path):
+    """Nor for another upstream: parameters that are not solved, and the choice of a linear before."""
+    data, model = [rows(40, 32)], Mlp()
+    kept = quantized(copy.deepcopy(model), data=data, resume=tmp_path, **GPTQ)
+
+    def solved(data=data, model=model, **options):
+        again = copy.deepcopy(model)
+        with spied(monkeypatch) as seen:
+            quantized(again, data=data, resume=tmp_path, **GPTQ, **options)
+        return len(seen), bits(again)
+
+    count, found = solved()
+    assert count == 0 and equal(found, bits(kept))
+    other = [rows(40, 32, seed=1)]
+    count, found = solved(other)
+    assert count == 3 and equal(found, bits(quantized(copy.deepcopy(model), data=other, **GPTQ)))
+    assert solved(other)[0] == 0
+    shifted = copy.deepcopy(model)
+    with torch.no_grad():
+        shifted.a.bias.add_(1.0)
+    assert solved(other, shifted)[0] == 3
+    assert solved(other, shifted, ignore=["b"])[0] == 2
+    with torch.no_grad():
+        shifted.b.weight.add_(1.0)
+    assert solved(other, shifted, ignore=["b"])[0] == 2
+    assert solved(other, shifted, ignore=["b"])[0] == 0
 
 
 def test_data_is_not_added_to_that_of_earlier_sittings():
@@ -334,7 +382,24 @@ def test_forms_of_data(batch):
 
 def test_without_data():
     model, _ = tiny("gpt2", n_layer=1)
-    assert qcompile.quantize(model, "W4A16", progress=False).solved and len(stored(model)) == 4
+    outcome = qcompile.quantize(model, "W4A16", progress=False)
+    assert outcome.solved and len(stored(model)) == 4
+    assert list(outcome.seconds) == ["recording", "solving", "installing"]
+
+
+def test_weights_are_rounded_once(monkeypatch):
+    """Solving, the replay and the module read the same codes, while the memory holds them; what it does not hold is rounded again."""
+    again = []
+    for where, name in (("qcompile.solve", "quantize"), ("qcompile.quantize", "round_to_nearest")):
+        module = sys.modules[where]
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, where=where, **k: (again.append(where), real(*a, **k))[1])
+    model = Net()
+    one = quantized(copy.deepcopy(model), data=[rows(1, 32)], **G16)
+    assert not again
+    two = quantized(model, data=[rows(1, 32)], memory=1400, **G16)
+    assert set(again) == {"qcompile.solve", "qcompile.quantize"}
+    assert equal(bits(one), bits(two))
 
 
 def test_rules_with_steps_of_their_own():
@@ -355,6 +420,8 @@ def test_errors():
     before = bits(model)
     with pytest.raises(CalibrationError, match="W4A16_GPTQ needs data"):
         qcompile.quantize(model, "W4A16_GPTQ")
+    with pytest.raises(CalibrationError, match="the data is empty"):
+        qcompile.quantize(model, "W4A16_GPTQ", [], progress=False)
     with pytest.raises(CalibrationError, match="W8A8_STATIC needs data"):
         qcompile.quantize(model, "W8A8_STATIC")
     with pytest.raises(CalibrationError, match="give it one batch"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from small import W8, Net, Stack, close, graphs, rounded, said
@@ -45,6 +47,22 @@ def test_one_compile_for_equal_layers(built, x):
     for _ in range(2):
         assert right(model, x)
     assert len(built) == 1
+
+
+def test_calibrating_looks_for_names_once(x, monkeypatch):
+    """A scan of all live objects."""
+    from qcompile import calibrate as _  # noqa: F401
+
+    module = sys.modules["qcompile.calibrate"]
+    scans = []
+    real = module.owners
+    monkeypatch.setattr(module, "owners", lambda: (scans.append(1), real())[1])
+    model = regional(Stack(6), [])
+    regional(model, model.layers, recipe="W8A8_STATIC")
+    with said(), qcompile.calibrate(model, progress=False) as sitting:
+        model(x)
+    assert len(scans) == 1
+    assert [line.name for line in sitting.outcome.solved][-1].startswith("layers.5.") and len(sitting.units) == 6
 
 
 def test_layers_change_one_by_one(built, x):

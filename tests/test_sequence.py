@@ -10,7 +10,7 @@ import torch
 from calibrated import GPTQ, Broken, Mlp, check_hessians, compiled, expected, rows, same_codes, solutions, spied
 from small import Stack, close, graphs, said
 from tiny_models import tiny
-from torch import nn
+from torch import fx, nn
 
 from qcompile import replay, sequence
 from qcompile.calibrate import KEPT, calibrate
@@ -110,6 +110,37 @@ def test_little_memory_computes_more(monkeypatch):
     monkeypatch.setattr(replay, "NARROW", 0.0)
     solved(units, 1)
     assert sum(ran) > much
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bert"])
+def test_what_is_carried_over_the_budget_waits_on_the_host(name, monkeypatch):
+    """A host that is elsewhere: what was moved is gone from where it was."""
+    model, inputs = tiny(name)
+    units = units_of(model, compiled(model), [lambda m: m(**inputs), lambda m: m(**{k: v.flip(0) for k, v in inputs.items()})])
+    _, want = solved(units, 1 << 40)
+    moved = []
+
+    def to_host(value):
+        moved.append(value.clone())
+        value.fill_(0 if not value.is_floating_point() else torch.nan)
+        return moved[-1]
+
+    monkeypatch.setattr(replay, "_far", lambda value: True)
+    monkeypatch.setattr(replay, "_to_host", to_host)
+    _, got = solved(units, 1 << 40)
+    assert not moved and equal(want, got)
+    _, got = solved(units, 1)
+    assert moved and equal(want, got)
+
+
+def test_one_interpreter_for_a_unit(monkeypatch):
+    """It is made from the whole graph: one for each site would take longer than the runs."""
+    made = []
+    real = fx.Interpreter.__init__
+    monkeypatch.setattr(fx.Interpreter, "__init__", lambda self, *a, **k: (made.append(self), real(self, *a, **k))[1])
+    units = units_of(model := Stack(6), compiled(model), [once(rows(20, 32))])
+    solved(units, 1 << 40)
+    assert len(made) == len(units) and all(not interpreter.env for interpreter in made)
 
 
 def test_calls_of_other_shapes_add_up(monkeypatch):
@@ -410,6 +441,18 @@ def test_experts_one_by_one(monkeypatch, form):
     silent = [e for e in range(4) if e not in mine]
     notes = [note for line in sitting.outcome.solved for note in line.notes if "layers.0.mlp.experts.gate_up" in line.name]
     assert [e for e in range(4) if any(f"expert {e} saw no token" in n for n in notes)] == silent
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("passes", [[], ["gptq"]])
+def test_experts_are_measured(form, passes):
+    """The gate sees them."""
+    model, inputs = tiny("mixtral", experts_implementation=form)
+    with said(), calibrate(fast := compiled(model, passes=passes), progress=False) as sitting:
+        fast(**inputs)
+    found = {line.name: line.decibels for line in sitting.outcome.solved}
+    assert len([name for name in found if "experts" in name]) == 4
+    assert all(db is not None and 5 < db < 40 for db in found.values())
 
 
 @torch.no_grad()

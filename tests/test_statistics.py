@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from calibrated import GPTQ, Mlp, codes, compiled, rows, same_codes, solutions
@@ -9,16 +11,16 @@ from safetensors.torch import save_file
 from small import close, said
 from tiny_models import tiny
 
-from qcompile.calibrate import calibrate
+from qcompile.calibrate import KEPT, calibrate
 from qcompile.core.errors import CalibrationError
 from qcompile.statistics import ALWAYS, Calibration, collect
 
 XS = [rows(40, 32, seed=i) for i in range(3)]
 
 
-def copied(model):
+def copied(model, strict=True):
     twin = Mlp()
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(model.state_dict(), strict)
     return twin
 
 
@@ -186,8 +188,64 @@ def test_a_file_of_a_model_of_other_widths(taken, tmp_path):
     _, found = taken
     found.save(tmp_path / "c.safetensors")
     torch._dynamo.reset()
-    with raises(r"of another model: a has 64 input channels, there it has 32"), torch.no_grad():
+    with raises(r"of another model: a is 48x64, there it is 48x32"), torch.no_grad():
         compiled(Other(64), calibration=str(tmp_path / "c.safetensors"))(rows(4, 64))
+
+
+def test_a_file_of_a_model_of_other_heights(taken, tmp_path):
+    """The statistics would fit: they are of inputs."""
+    model = copied(taken[0])
+    model.b, model.c = torch.nn.Linear(48, 24, bias=False), torch.nn.Linear(24, 16)
+    taken[1].save(tmp_path / "c.safetensors")
+    with raises(r"of another model: b is 24x48, there it is 32x48"):
+        through(model, str(tmp_path / "c.safetensors"))
+
+
+def test_a_file_of_other_weights(taken, tmp_path):
+    _, found = taken
+    found.save(tmp_path / "c.safetensors")
+    _, texts = through(Mlp(), str(tmp_path / "c.safetensors"))
+    assert any("was taken with other weights of a, b, c: calibrate this model again" in t for t in texts)
+    calibration = Calibration.load(tmp_path / "c.safetensors")
+    assert calibration._weights == found._weights and calibration.merge(calibration)._weights == found._weights
+    sites, cast = found._units[0].sites.values(), Mlp().double()
+    with said() as texts:  # cast weights cannot be compared
+        calibration.check(list(sites), {s.param.index: cast.get_parameter(s.param.path) for s in sites})
+    assert not texts
+
+
+class Larger(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.more = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.more(super().forward(x))
+
+
+def test_a_file_of_more_linears(tmp_path):
+    large = Larger()
+    with said():
+        calibrate(compiled(large), XS, progress=False).save(tmp_path / "c.safetensors")
+    model = copied(large, strict=False)
+    KEPT.clear()
+    del large
+    torch._dynamo.reset()
+    gc.collect()
+    _, texts = through(model, str(tmp_path / "c.safetensors"))
+    assert any("has statistics of linears that no live model has: more" in t for t in texts)
+
+
+def test_experts_from_a_file_say_that_they_share_statistics(tmp_path):
+    model, inputs = tiny("mixtral", experts_implementation="grouped_mm")
+    with said():
+        calibrate(compiled(model), [inputs], progress=False).save(tmp_path / "c.safetensors")
+    twin, _ = tiny("mixtral", experts_implementation="grouped_mm")
+    torch._dynamo.reset()
+    with torch.no_grad(), said() as texts:
+        compiled(twin, calibration=str(tmp_path / "c.safetensors"))(**inputs)
+    (text,) = [t for t in texts if "solved on the rows of all experts together" in t]
+    assert "model.layers.1.mlp.experts.down_proj" in text and "q_proj" not in text
 
 
 def test_a_statistic_that_is_not_there(tmp_path):

@@ -11,7 +11,7 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 
 from qcompile.core.errors import OptionError, PassError
-from qcompile.passes import PASSES
+from qcompile.passes import PASSES, infra
 from qcompile.passes.infra import Pass, Step, find, graph_pass, run, text
 
 
@@ -104,6 +104,25 @@ def test_step_diff():
     assert steps[0].changed == 3 and steps[1].note == "2 linears"
     assert str(steps[1]).startswith("01 find_sites")
     assert Step(0, "none", "a", "a", 0.0).diff() == "" and Step(0, "none", "a", "a", 0.0).changed == 0
+
+
+def test_texts_and_code_are_made_where_they_are_read(monkeypatch):
+    """Both cost seconds on a graph of thousands of nodes."""
+    gm, _ = captured(Model(), X)
+    made = []
+    monkeypatch.setattr(infra, "text", lambda gm: made.append("text") or "")
+    monkeypatch.setattr(infra.compat, "trace_artifact", lambda *_: None)  # torch's handler for traces stays until its first line
+    monkeypatch.setattr(fx.Graph, "python_code", lambda *_, **__: made.append("code"))
+    names = [PASSES[name] for name in FOUND]
+    run(names, gm)
+    assert made == []
+    run(names, gm, None, [])
+    assert made == ["text"] * (len(FOUND) + 1)
+
+
+def test_a_copy_runs():
+    gm, args = captured(Model(), X)
+    assert torch.equal(run([PASSES[name] for name in FOUND], gm)(*args)[0], gm(*args)[0])
 
 
 def test_text():
