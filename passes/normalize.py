@@ -108,7 +108,7 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
         return Skip(f"a convolution with a kernel of {'x'.join(map(str, kernel))}")
 
     def trivial(arg: Any, default: int) -> bool:
-        return arg is None or arg == "valid" or all(v == default for v in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+        return arg is None or arg in ("valid", "same") or all(v == default for v in (arg if isinstance(arg, (tuple, list)) else (arg,)))
 
     if not (trivial(stride, 1) and trivial(padding, 0) and trivial(dilation, 1) and groups in (None, 1)):
         return Skip("a convolution with stride, padding, dilation or groups")
@@ -121,10 +121,18 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
         flat.meta["example_value"] = value.flatten(1)
         flat.meta["flat"] = True
         y = graph.call_function(LINEAR, (moved, flat, bias))
-        out = graph.call_method("movedim", (y, -1, 1))
+        out = _as_convolution(graph, graph.call_method("movedim", (y, -1, 1)), node.meta["example_value"])
     y.meta = {**node.meta, "example_value": node.meta["example_value"].movedim(1, -1)}
     _substitute(graph, node, out)
     return None
+
+
+def _as_convolution(graph: fx.Graph, out: fx.Node, value: torch.Tensor) -> fx.Node:
+    """``out`` (B, N, *) in the memory format of the convolution's own output: views behind it were traced for that one. The product itself has the channels last."""
+    if value.is_contiguous():
+        return graph.call_method("contiguous", (out,))
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
+    return out if last is None else graph.call_method("contiguous", (out,), {"memory_format": last})
 
 
 def _other(graph: fx.Graph, node: fx.Node) -> Skip | None:

@@ -94,12 +94,14 @@ inputs: l_x_: float32[2, 64, 5]
 movedim = l_x_.movedim(1, -1)
 flatten = %one.weight.flatten(1)
 linear = linear(movedim, flatten, %one.bias)
-conv1d = linear.movedim(-1, 1)
+movedim_1 = linear.movedim(-1, 1)
+conv1d = movedim_1.contiguous()
 unsqueeze = conv1d.unsqueeze(-1)
 movedim_2 = unsqueeze.movedim(1, -1)
 flatten_1 = %two.weight.flatten(1)
 linear_1 = linear(movedim_2, flatten_1, None)
-conv2d = linear_1.movedim(-1, 1)
+movedim_3 = linear_1.movedim(-1, 1)
+conv2d = movedim_3.contiguous()
 return (conv2d,)""",
     )
 
