@@ -225,7 +225,7 @@ def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool, folde
     from qcompile.progress import bar
 
     total = sum(len(u.calls) * len(u.groups) for u in units)
-    with bar("calibrating", total, progress) as step:
+    with bar("calibrating", total, progress) as step, compat.no_dispatch_modes():
 
         def said(line: Solved) -> None:
             step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else ""))

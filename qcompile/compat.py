@@ -310,11 +310,14 @@ def trace_artifact(name: str, payload: str, encoding: str = "string") -> None:
 
 @contextlib.contextmanager
 def no_dispatch_modes() -> Iterator[None]:
-    """Run on real tensors inside a compile: outside the fake mode and tracing context that Dynamo has active."""
+    """Run on real tensors inside a compile: outside the fake mode and tracing context that Dynamo has active.
+
+    And outside inference mode: a tensor that is made there cannot be written to elsewhere, as a later call under ``no_grad`` does.
+    """
     from torch._guards import tracing
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with tracing(None), _disable_current_modes():
+    with tracing(None), _disable_current_modes(), torch.inference_mode(False):
         yield
 
 

@@ -53,7 +53,7 @@ def fingerprint(p: Tensor) -> tuple[object, ...]:
 
 def collapse(p: Tensor) -> None:
     """One NaN seen through every index."""
-    with compat.no_dispatch_modes(), torch.no_grad():
+    with compat.no_dispatch_modes(), torch.inference_mode(p.is_inference()), torch.no_grad():  # a parameter that was made in inference mode takes its own kind only
         p.data = torch.full((1,), float("nan"), dtype=p.dtype, device=p.device).expand(p.shape)
 
 
