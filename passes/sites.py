@@ -63,12 +63,14 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A matrix product with a parameter that is not a site, and why."""
+    """A matrix product with a parameter (or a buffer) that is not a site, and why. ``index`` is its position among the graph's inputs, ``flops`` those of the product on the example input."""
 
     path: str
     shape: tuple[int, ...]
     nbytes: int
     reason: str
+    index: int = -1
+    flops: int = 0
 
 
 CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}

@@ -31,7 +31,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "") -> fx.Gra
             relative = dotted(compat.source_name(node))
             full = f"{root}.{relative}".strip(".") if root else f"{path}.{name}".strip(".") or relative or node.name
             node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "")
-        elif isinstance(value, Tensor) and _is_written(node):
+            continue
+        if isinstance(value, Tensor) and "_buffers[" in (source := compat.source_name(node)):
+            node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."))
+        if isinstance(value, Tensor) and _is_written(node):
             node.meta["mutated"] = True
             compat.mark_static(node)
     stored.fold(copy, inputs, found)

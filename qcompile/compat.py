@@ -310,10 +310,7 @@ def trace_artifact(name: str, payload: str, encoding: str = "string") -> None:
 
 @contextlib.contextmanager
 def no_dispatch_modes() -> Iterator[None]:
-    """Run on real tensors inside a compile: outside the fake mode and tracing context that Dynamo has active.
-
-    And outside inference mode: a tensor that is made there cannot be written to elsewhere, as a later call under ``no_grad`` does.
-    """
+    """Run on real tensors inside a compile, outside Dynamo's fake mode and tracing context; and outside inference mode, whose tensors a later call under no_grad could not write to."""
     from torch._guards import tracing
     from torch.utils._python_dispatch import _disable_current_modes
 

@@ -128,14 +128,13 @@ class _Collector:
         self._left_alone(use, args, number, names)
 
     def _left_alone(self, use: _Use, args: Sequence[Any], number: int, names: dict[int, tuple[nn.Module, str, str]]) -> None:
-        indices = {p.meta["param"].path: p.meta["param"].index for p in use.graph.planned.graph.find_nodes(op="placeholder") if "param" in p.meta}
         for entry in use.graph.planned.meta["skipped"]:
-            parameter = args[indices[entry.path]]
+            parameter = args[entry.index]
             weight = self.weights.setdefault(id(parameter), _Weight(parameter))
             weight.roles.add("other")
             weight.kept = True
             _, path, name = names.get(id(parameter), (None, "", ""))
-            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, self._number(parameter), graph=number))
+            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, self._number(parameter), flops=entry.flops, graph=number))
 
     def _owners(self, parameters: Sequence[nn.Parameter]) -> dict[int, tuple[nn.Module, str, str]]:
         """One scan of the live modules serves the whole call, unless modules were made meanwhile."""
