@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qcompile import compat
+from qcompile import compat, memory
 from qcompile.core.errors import QcompileError, Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
@@ -169,6 +169,7 @@ class _Collector:
         if missed and (full := compat.at_recompile_limit(functions(fast))):
             notes.append(limit(full))
         held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])
+        notes += memory.held(held)
         return Report(tuple(sites), tuple(kept), graphs, self._totals(held), tuple(dict.fromkeys(notes)))
 
     def _graph_row(self, index: int, graph: CompiledGraph) -> GraphRow:

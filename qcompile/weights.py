@@ -78,7 +78,7 @@ class Entry:
 @dataclass
 class Record:
     """All that is known of one live parameter: packed entries, solutions of its sites, tensors that these give compiled graphs, the reasons why its 16-bit value is still needed,
-    and the dtype it had when that value was released (None: it was not)."""
+    why it was held when it should have been released, and the dtype it had when it was (None: it was not)."""
 
     ref: weakref.ref[Tensor]
     path: str = ""
@@ -86,6 +86,7 @@ class Record:
     solutions: dict[SolutionKey, Solution] = field(default_factory=dict)
     given: dict[tuple[str, SolutionKey], list[Tensor]] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
+    held: str = ""
     released: torch.dtype | None = None
 
 
@@ -145,6 +146,11 @@ class WeightTable:
         entry_key = (what, how, " ".join([str(scheme), *(key[1:] if key else ())]))
         entry = record.entries.get(entry_key)
         if entry is not None and entry.state == state_of(p):
+            return entry.tensors
+        if record.released is not None and entry is not None:
+            if not bool(p.isnan().all()):
+                raise WeightError(f"the 16-bit weight of {path} was released, and written to since (fill_, zero_), which is lost: load the weights again, or give it a value by p.data = t")
+            entry.state = state_of(p)  # moved as it is, by share_memory_
             return entry.tensors
         if record.released is not None:
             have = ", ".join(f"{k[2]}{' transposed' if k[1] == 't' else ''}" for k in record.entries)
