@@ -31,6 +31,7 @@ from qcompile.fill import shapes_of, tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import guard, is_released, release
+from qcompile.missed import limit
 from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
@@ -54,6 +55,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
             raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
         _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
         return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
+    if (opts.release or any(map(is_released, example_inputs))) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
+        _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
     return CompiledGraph(gm, example_inputs, opts)
 
 

@@ -104,6 +104,11 @@ def lower_template(
     return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
 
 
+def grouped_mm() -> set[Any]:
+    """torch's product of rows sorted by expert with stacked matrices: private first, public since 2.10."""
+    return {getattr(owner, name) for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm")) if hasattr(owner, name)}
+
+
 def fallback_kernel(op: Any, *args: Any) -> Any:
     """An IR node that calls ``op`` as it is, for CPU kernels that are ordinary torch ops."""
     from torch._inductor.lowering import fallback_handler
@@ -284,13 +289,13 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
-def at_recompile_limit(functions: Iterable[Any]) -> list[str]:
-    """Names of functions for which Dynamo holds as many graphs as it may: a call that needs another one runs eagerly."""
+def at_recompile_limit(functions: Iterable[Any], more: int = 0) -> list[str]:
+    """Names of functions (or code objects) for which Dynamo holds as many graphs as it may, or will with ``more``: a call that needs another one runs eagerly."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
     limit = recompile_limit()
-    codes = {fn.__code__ for fn in functions if hasattr(fn, "__code__")}
-    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) >= limit)
+    codes = {code for fn in functions if hasattr(code := getattr(fn, "__code__", fn), "co_qualname")}
+    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) + more >= limit)
 
 
 def dynamo_is_off() -> str | None:
@@ -325,13 +330,9 @@ def on_optimizer_step(fn: Callable[[Iterator[torch.Tensor]], Any]) -> None:
     register_optimizer_step_post_hook(lambda optimizer, *_: fn(p for group in optimizer.param_groups for p in group["params"]) and None)
 
 
+@functools.cache
 def has_cpp_compiler() -> str | None:
     """None where Inductor finds a C++ compiler, else what it said."""
-    return _cpp_compiler()
-
-
-@functools.cache
-def _cpp_compiler() -> str | None:
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -344,7 +345,4 @@ def _cpp_compiler() -> str | None:
 
 def digest(*parts: bytes) -> bytes:
     """sha256 of the parts."""
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(len(part).to_bytes(8, "little") + part)
-    return h.digest()
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()

@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from small import W8, Net, Stack, Tied, close, graphs, rounded
+from small import W8, Net, Stack, Tied, close, graphs, rounded, said
 from tiny_models import tiny
 from torch import nn
 
@@ -197,6 +197,21 @@ def test_eager_use_is_nan(released, x):
         assert model(x).isnan().all()
     assert model.up.weight.isnan().all() and model.up.weight.shape == (48, 32)
     assert "nan" in repr(model.up.weight)
+
+
+@pytest.mark.parametrize("how", ["release_weights", "option"])
+def test_recompile_limit_is_told_before_it_is_hit(how):
+    """Beyond it Dynamo runs eagerly, on NaN, and asks nobody."""
+    model = Net()
+    fast = torch.compile(model, backend="qcompile", options=W8 | {"release": how == "option"}, dynamic=False)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=3), said() as texts:
+        for m in range(2, 4):
+            fast(torch.randn(m, 32))
+        if how == "release_weights":
+            qcompile.release_weights(model)
+        assert fast(torch.randn(4, 32)).isfinite().all()
+    (text,) = texts
+    assert "recompile limit (3) is reached for Net.forward" in text and "released weights, which are NaN" in text
 
 
 def test_writing_is_an_error(released, x):
