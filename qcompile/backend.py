@@ -25,13 +25,13 @@ from qcompile import compat, stored
 from qcompile.calibrate import Recorder, remember_code, renamed, session, settle
 from qcompile.capture import capture
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
-from qcompile.core.recipe import Choice, Rule
+from qcompile.core.recipe import Choice
 from qcompile.dumps import dump, trace_plan
 from qcompile.fill import shapes_of, tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import guard, is_released, release
-from qcompile.missed import limit
+from qcompile.missed import limit, of_no_live_linear
 from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
@@ -157,9 +157,10 @@ class CompiledGraph:
 
     def _check(self, gm: fx.GraphModule) -> None:
         unused = gm.meta["unused_rules"]
-        if missed := _of_no_live_linear(unused):
+        if missed := of_no_live_linear(unused):
             names = ", ".join(sorted(site.path for site in self.sites.values())[:8]) or "none"
             _warn_once(("rules", tuple(missed), names), f"qcompile: rules that matched no linear: {', '.join(map(repr, missed))}. Linears here: {names}, ...")
+        self.unused = set(unused)
         self.notes += [f"rule {rule!r} matched nothing" for rule in unused]
 
     def _report_refusals(self) -> None:
@@ -219,7 +220,9 @@ class CompiledGraph:
         gm = compat.copy_graph(self.matched)
         sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
         gm.meta["sites"] = sites
-        gm.meta["plan"] = plan_of(sites, self.options.recipe)
+        used: set[int] = set()
+        gm.meta["plan"] = plan_of(sites, self.options.recipe, used)
+        self.unused -= {self.options.recipe.rules[i].pattern for i in used}
         _, choices = self.calibrate(gm, args)
         gm.meta["plan"] = {**gm.meta["plan"], **choices}
         return signature(gm)
@@ -259,12 +262,6 @@ class CompiledGraph:
             self._served[key] = found
             weakref.finalize(args[self._weights[0]], self._served.pop, key, None)
         return found
-
-
-def _of_no_live_linear(rules: Sequence[str]) -> list[str]:
-    """Rules that name no live linear at all: where layers are compiled one by one, or a graph breaks, a rule may be for another graph."""
-    live = [(f"{path}.{name}".strip(".").removesuffix(".weight"), type(owner).__name__) for owner, path, name in owners().values()] if rules else []
-    return [rule for rule in rules if not any(Rule(rule).matches(*linear) for linear in live)]
 
 
 @dataclass

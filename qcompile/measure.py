@@ -176,7 +176,10 @@ class _Collector:
         uses = [use for use in self.uses.values() if use.graph is graph]
         steps = tuple(StepRow(s.name, s.seconds, s.changed, s.note) for s in graph.steps)
         options = graph.options
-        return GraphRow(index, str(options.recipe), options.lower, len(graph.sites), len(uses), sum(u.calls for u in uses), graph.kernel_count, steps, tuple(graph.notes))
+        peers = [g for ran in self.graphs for g in (ran, *ran._variants.values()) if g.options.recipe == options.recipe]
+        found = {f"rule {rule.pattern!r} matched nothing" for g in peers for rule in options.recipe.rules if rule.pattern not in g.unused}  # matched by another graph
+        notes = tuple(note for note in graph.notes if note not in found)
+        return GraphRow(index, str(options.recipe), options.lower, len(graph.sites), len(uses), sum(u.calls for u in uses), graph.kernel_count, steps, notes)
 
     def _totals(self, held: Sequence[Tensor]) -> Totals:
         from qcompile.weights import TABLE

@@ -340,6 +340,31 @@ def test_notes_are_the_graphs(report):
         assert "graph 0: rule 'nothing_like_this' matched nothing" in qcompile.explain(fast, torch.randn(2, 32)).notes
 
 
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_rule_that_another_graph_matches_is_no_note(regional):
+    class Layer(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(super().forward(x))
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(32, 32) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[0](x)
+            torch._dynamo.graph_break()
+            return self.layers[1](x)
+
+    model, options = Broken(), {"ignore": ["layers.1"], **EAGER}
+    if regional:
+        for layer in model.layers:
+            layer.compile(backend="qcompile", options=options)
+    fast = model if regional else torch.compile(model, backend="qcompile", options=options)
+    report = qcompile.explain(fast, torch.randn(2, 32))
+    assert [row.name for row in report.kept] == ["layers.1"] and report.notes == () and not any(row.notes for row in report.graphs)
+
+
 # --- what calibration found ----------------------------------------------------------------------------------------------
 
 
