@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from qcompile.core.errors import PassError
+
 from . import experts
 from .infra import graph_pass
 from .normalize import LINEAR, is_element
@@ -91,6 +93,8 @@ def _site(node: fx.Node, x: fx.Node, parameter: fx.Node, how: str, tables: set[t
         name, again = f"{path}@{again}", again + 1
     role: Role = "experts" if stack or "[" in how else _role(node, path, (n, k), tables)
     read = example(x)
+    if read is not None and not read.dtype.is_floating_point:
+        raise PassError(f"linear {path} has a weight of {value.dtype} and an input of {read.dtype}, which eager refuses, too: convert the input, x.to({value.dtype})")
     product = experts.resolve(node)
     by_column = isinstance(product, experts.Experts) and product.form == "weight_first"  # rows are (S, K, 1)
     m = 0 if read is None else rows((read.shape[0], k) if by_column else read.shape)
