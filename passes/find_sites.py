@@ -1,6 +1,7 @@
 """Name every linear, its role and its kin; leave alone, with a reason, what should not be quantized.
 
-Roles are read off the graph, not off a table of architectures: a *router* is a linear whose output reaches ``topk`` through pointwise ops, softmax and views;
+Roles are read off the graph, not off a table of architectures: a *router* is a linear whose output reaches ``topk`` through pointwise ops, softmax and views, or an ``argmax`` (or ``max``) over its
+columns that picks something (by ``gather``, ``scatter`` or ``one_hot``);
 the *head* is a linear whose weight has the shape of the graph's largest embedding table (tied or not) and whose output is an output of the graph, or is called ``lm_head``.
 """
 
@@ -29,6 +30,9 @@ TRANSPARENT = {
     torch.softmax, torch.sigmoid, F.softmax, torch.nn.functional.sigmoid, torch.add, torch.mul, operator.add, operator.mul, operator.iadd, operator.truediv, torch.div, operator.getitem,
     "softmax", "sigmoid", "float", "to", "view", "reshape", "unsqueeze", "squeeze", "add", "mul", "div", "log_softmax", F.log_softmax, "flatten", "masked_fill", "masked_fill_", "type", "sum", "tanh", torch.tanh, "transpose", "contiguous", "clone", "detach",
 }  # fmt: skip
+
+GREATEST = {torch.argmax, "argmax", torch.max, "max"}
+PICKS = {torch.gather, "gather", torch.scatter, "scatter", "scatter_", F.one_hot}
 
 
 @graph_pass(after=("normalize",))
@@ -108,7 +112,18 @@ def _with_kin(site: Site, kin: tuple[str, ...]) -> Site:
 def _role(node: fx.Node, path: str, shape: tuple[int, int], tables: set[tuple[int, int]]) -> Role:
     if path.rpartition(".")[2] in HEAD_NAMES or (shape in tables and _reaches(node, lambda user: user.op == "output")):
         return "head"
-    return "router" if _reaches(node, lambda user: user.target in (torch.topk, "topk")) else "linear"
+    return "router" if _reaches(node, _chooses) else "linear"
+
+
+def _chooses(node: fx.Node) -> bool:
+    """``topk``, or the place of the greatest of the last axis where it picks something: not a pooling maximum, and not a label that the graph returns."""
+    if node.target in (torch.topk, "topk"):
+        return True
+    value, dim = example(node.args[0]) if node.args else None, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if node.target not in GREATEST or value is None or not isinstance(dim, int) or dim % value.dim() != value.dim() - 1:
+        return False
+    places = [node] if node.target in (torch.argmax, "argmax") else [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
+    return any(_reaches(place, lambda user: user.target in PICKS) for place in places)
 
 
 def _embedding_shapes(gm: fx.GraphModule) -> set[tuple[int, int]]:

@@ -227,8 +227,9 @@ def _substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 
 
 def _parameters(node: fx.Node) -> list[fx.Node]:
-    """Parameters of at least two dimensions among a node's inputs: read through views, or all that an input is computed from."""
-    return list(dict.fromkeys(p for source in node.all_input_nodes for p in _behind(source) or _origins(source)))
+    """Parameters (and factors that are buffers) of at least two dimensions among a node's inputs: read through views, or all that an input is computed from."""
+    found = dict.fromkeys(p for source in node.all_input_nodes for p in _behind(source) or _origins(source))
+    return [p for p in found if "param" in p.meta or node.target in PRODUCTS]  # of buffers only the factors of products
 
 
 def _behind(source: Any) -> list[fx.Node]:
