@@ -35,8 +35,7 @@ def static_int(size: Any) -> int | None:
     if isinstance(size, int):
         return size
     if isinstance(size, torch.SymInt):
-        node = size.node
-        return int(size) if node.is_constant() else None
+        return int(size) if size.node.is_constant() else None
     return int(size) if getattr(size, "is_number", False) else None
 
 
@@ -102,11 +101,6 @@ def lower_template(
             raise error
     out = autotune_select_algorithm(name, choices, nodes, layout)
     return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
-
-
-def grouped_mm() -> set[Any]:
-    """torch's product of rows sorted by expert with stacked matrices: private first, public since 2.10."""
-    return {getattr(owner, name) for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm")) if hasattr(owner, name)}
 
 
 def fallback_kernel(op: Any, *args: Any) -> Any:
@@ -178,6 +172,11 @@ def force_stride_order() -> Any:
     import torch._inductor.inductor_prims
 
     return torch.ops.prims.inductor_force_stride_order.default
+
+
+def grouped_mm() -> set[Any]:
+    """torch's product of rows sorted by expert with stacked matrices: private first, public since 2.10."""
+    return {getattr(owner, name) for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm")) if hasattr(owner, name)}
 
 
 def kernel_count() -> int:
@@ -345,4 +344,7 @@ def has_cpp_compiler() -> str | None:
 
 def digest(*parts: bytes) -> bytes:
     """sha256 of the parts."""
-    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little") + part)
+    return h.digest()
