@@ -2,7 +2,8 @@
 
 Roles are read off the graph, not off a table of architectures: a *router* is a linear whose output reaches ``topk`` through pointwise ops, softmax and views, or an ``argmax`` (or ``max``) over its
 columns that picks something (by ``gather``, ``scatter`` or ``one_hot``);
-the *head* is a linear whose weight has the shape of the graph's largest embedding table (tied or not) and whose output is an output of the graph, or is called ``lm_head``.
+the *head* is a linear whose weight has the shape of the graph's largest embedding table (tied or not) and whose output is an output of the graph, or is called ``lm_head``, or is the
+weight of a live embedding.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _site(node: fx.Node, x: fx.Node, parameter: fx.Node, how: str, tables: set[t
     name, again = path, 2
     while name in taken:
         name, again = f"{path}@{again}", again + 1
-    role: Role = "experts" if stack or "[" in how else _role(node, path, (n, k), tables)
+    role: Role = "experts" if stack or "[" in how else _role(node, param, path, (n, k), tables)
     read = example(x)
     if read is not None and not read.dtype.is_floating_point:
         raise PassError(f"linear {path} has a weight of {value.dtype} and an input of {read.dtype}, which eager refuses, too: convert the input, x.to({value.dtype})")
@@ -109,8 +110,8 @@ def _with_kin(site: Site, kin: tuple[str, ...]) -> Site:
     return replace(site, kin=tuple(name for name in kin if name != site.name))
 
 
-def _role(node: fx.Node, path: str, shape: tuple[int, int], tables: set[tuple[int, int]]) -> Role:
-    if path.rpartition(".")[2] in HEAD_NAMES or (shape in tables and _reaches(node, lambda user: user.op == "output")):
+def _role(node: fx.Node, param: Param, path: str, shape: tuple[int, int], tables: set[tuple[int, int]]) -> Role:
+    if param.table or path.rpartition(".")[2] in HEAD_NAMES or (shape in tables and _reaches(node, lambda user: user.op == "output")):
         return "head"
     return "router" if _reaches(node, _chooses) else "linear"
 

@@ -16,11 +16,12 @@ Role = Literal["linear", "head", "router", "experts"]
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter among the graph's inputs: its position, its name in the model, the class name of its module."""
+    """A parameter among the graph's inputs: its position, its name in the model, the class name of its module, and whether an embedding looks it up, in this graph or elsewhere."""
 
     index: int
     path: str
     kind: str = ""
+    table: bool = False
 
 
 @dataclass(frozen=True)

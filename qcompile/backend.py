@@ -55,7 +55,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
             raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
         _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
         return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
-    if (opts.release or any(map(is_released, example_inputs))) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
+    records = [TABLE.get(a) for a in example_inputs if isinstance(a, nn.Parameter)]  # looked at, not asked: is_released may collapse one anew, which Dynamo's guards would see
+    if (opts.release or any(r is not None and r.released is not None for r in records)) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
         _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
     return CompiledGraph(gm, example_inputs, opts)
 
@@ -144,7 +145,10 @@ class CompiledGraph:
         return kept
 
     def _pin(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        """Parameters that this graph reads in 16 bits must not be released."""
+        """Parameters that this graph reads in 16 bits must not be released, nor those of embeddings, which may run outside every graph."""
+        for site in self.sites.values():
+            if site.param.table:
+                TABLE.record(inputs[site.param.index], site.param.path).pinned.add("an embedding reads it in 16 bits")
         for node in gm.graph.find_nodes(op="placeholder"):
             param = node.meta.get("param")
             if param is None or "packed" in node.meta or not node.users:

@@ -24,13 +24,14 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "") -> fx.Gra
     Names are those of the outermost live module (or start with ``root``, where the user gave one), so that a layer compiled alone has the names it has in its model.
     """
     copy = compat.copy_graph(gm)
-    found = owners()
+    tables: set[int] = set()
+    found = owners(tables)
     for index, (node, value) in enumerate(zip(copy.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
             owner, path, name = found.get(id(value), (None, "", ""))
             relative = dotted(compat.source_name(node))
             full = f"{root}.{relative}".strip(".") if root else f"{path}.{name}".strip(".") or relative or node.name
-            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "")
+            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "", id(value) in tables)
             continue
         if isinstance(value, Tensor) and "_buffers[" in (source := compat.source_name(node)):
             node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."))

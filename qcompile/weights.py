@@ -299,10 +299,10 @@ class Binding:
         return versions, [p.data_ptr() for p in parameters], GENERATION[0]
 
 
-def owners() -> dict[int, tuple[nn.Module, str, str]]:
+def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, str]]:
     """id(parameter) -> (owning module, its full name in the outermost live module, name of the parameter). One scan of the live objects.
 
-    This is how sites are called the same whether a whole model is compiled or each of its layers.
+    This is how sites are called the same whether a whole model is compiled or each of its layers. ``tables`` gets the ids of the parameters of embeddings, whatever else owns them, too.
     """
     import gc
 
@@ -328,6 +328,8 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
         own = [(name, p) for name, p in module._parameters.items() if p is not None]
         if own:
             path = full_name(module)
+            if tables is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                tables |= {id(p) for _, p in own}
             for name, p in own:
                 if id(p) not in names or len(path) > len(names[id(p)][1]):
                     names[id(p)] = (module, path, name)

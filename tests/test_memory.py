@@ -335,6 +335,28 @@ def test_embedding_in_another_graph_is_kept():
         assert torch.isfinite(y).all() and torch.equal(fast(ids), y)
 
 
+@pytest.mark.parametrize("head", [None, "int8.row"])
+def test_embedding_outside_every_graph_is_kept(head):
+    """Its head is one, although the graph has no embedding, and its weight stays."""
+
+    class Outside(Tied):
+        @torch.compiler.disable
+        def look_up(self, ids):
+            return self.table(ids)
+
+        def forward(self, ids):
+            return self.head(self.body(self.look_up(ids)))
+
+    model, ids = Outside(), torch.randint(64, (2, 7))
+    fast = compiled(model, head=head, release=True)
+    with torch.no_grad(), graphs() as seen:
+        y = fast(ids)
+        assert torch.isfinite(y).all() and torch.equal(fast(ids), y)
+        assert qcompile.release_weights(model) == 0 and not is_released(model.table.weight) and is_released(model.body.up.weight)
+    (role,) = [site.role for graph, _ in seen[:1] for site in graph.sites.values() if "body" not in site.name]
+    assert role == "head"
+
+
 def test_one_layer_of_a_model(x):
     model = Stack(2)
     fast = compiled(model)
