@@ -151,15 +151,12 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequ
 
 
 def _cpu_supports(c: Case) -> Skip | None:
-    return None  # what the C++ kernels do not take is dequantized expert by expert, only for experts that have rows
+    return cpu.weight_support(c.weight, c.k) if c.input is None else cpu.product_support(c.input, c.weight, c.k)
 
 
 def cpu_grouped(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Sequence[Tensor], scheme: str, by_row: bool) -> Tensor:
     """The C++ kernels, one call for each expert that has rows."""
     sx, sw = parse(scheme)
-    k = x.shape[-1]
-    if (cpu.weight_support(sw, k) if sx is None else cpu.product_support(sx, sw, k)) is not None:
-        return reference(x, x_scale, index, weight, scheme, by_row)
     out = torch.zeros((x.shape[0], weight[0].shape[-2]), dtype=torch.float32)
     for expert, rows in _rows(index, by_row, weight[0].shape[0]):
         own = [t[expert] for t in weight]
@@ -168,7 +165,7 @@ def cpu_grouped(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Seq
 
 
 def _by_expert(c: Case, *args: Any) -> Any:
-    """Schemes that the template does not take run by the reference, as a call: one product for each expert that has rows. Right, but it waits for the index."""
+    """Schemes that no kernel takes run by the reference, as a call: one product for each expert that has rows. Right, but on a GPU it waits for the index."""
     return compat.fallback_kernel(target("grouped_linear"), *args)
 
 
@@ -181,8 +178,8 @@ OP = Op(
     case,
     (
         Kernel("triton grouped", "cuda", _gpu_supports, _gpu_lower),
-        Kernel("torch, expert by expert", "cuda", lambda c: None, _by_expert),
         Kernel("c++ grouped", "cpu", _cpu_supports, cpu.define("grouped_linear", SCHEMA, cpu_grouped, fake)),
     ),
     simplify,
+    fallback=_by_expert,
 )

@@ -68,6 +68,8 @@ class Op:
     simplify: Callable[..., Any] | None = None
     """A rewrite into simpler ops tried at trace time (N-D to 2-D, nested scales); returns NotImplemented where nothing is left to simplify."""
     overload: Any = field(default=None, compare=False)
+    fallback: Callable[..., Any] | None = None
+    """``lower`` for cases that no kernel supports, where the reference cannot be traced: it reads values, such as how many rows each expert has."""
 
     def choose(self, case: Case) -> tuple[Kernel | None, Skip | None]:
         """The first kernel for the case, or None with the reason of the last refusal."""
@@ -86,6 +88,8 @@ class Op:
         kernel = self.choose(self.case(*args))[0] if self.case is not None else None
         if kernel is not None:
             return kernel.trace(*args) if kernel.trace is not None else NotImplemented
+        if self.fallback is not None:
+            return NotImplemented
         return self.reference(*args)
 
 
@@ -128,6 +132,8 @@ def _lower(op: Op, *args: Any) -> Any:
     assert op.case is not None
     case = op.case(*args)
     kernel, reason = op.choose(case)
+    if kernel is None and op.fallback is not None:
+        return op.fallback(case, *args)
     if kernel is None or kernel.lower is None:  # decompose() keeps an op only where a kernel supports it
         raise AssertionError(f"{op.name} reached Inductor without a kernel: {reason}")
     return kernel.lower(case, *args)

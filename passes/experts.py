@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from qcompile import compat
 from qcompile.core.errors import Skip
 
 from .sites import CASTS, example, is_transpose
 
-GROUPED = {t for t in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)) if t is not None}
+GROUPED = compat.grouped_mm()
 GROUPED_NAMES = ("grouped_mm", "grouped_mm_fallback", "_grouped_mm")
 
 

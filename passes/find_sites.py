@@ -1,7 +1,9 @@
 """Name every linear, its role and its kin; leave alone, with a reason, what should not be quantized.
 
-Roles are read off the graph, not off a table of architectures: a *router* is a linear whose output reaches ``topk`` through pointwise ops, softmax and views;
-the *head* is a linear whose weight has the shape of the graph's largest embedding table (tied or not) and whose output is an output of the graph, or is called ``lm_head``.
+Roles are read off the graph, not off a table of architectures: a *router* is a linear whose output reaches ``topk`` through pointwise ops, softmax and views, or an ``argmax`` (or ``max``) over its
+columns that picks something (by ``gather``, ``scatter`` or ``one_hot``);
+the *head* is a linear whose weight has the shape of the graph's largest embedding table (tied or not) and whose output is an output of the graph, or is called ``lm_head``, or is the
+weight of a live embedding.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from qcompile.core.errors import PassError
+
 from . import experts
 from .infra import graph_pass
 from .normalize import LINEAR, is_element
@@ -27,6 +31,9 @@ TRANSPARENT = {
     torch.softmax, torch.sigmoid, F.softmax, torch.nn.functional.sigmoid, torch.add, torch.mul, operator.add, operator.mul, operator.iadd, operator.truediv, torch.div, operator.getitem,
     "softmax", "sigmoid", "float", "to", "view", "reshape", "unsqueeze", "squeeze", "add", "mul", "div", "log_softmax", F.log_softmax, "flatten", "masked_fill", "masked_fill_", "type", "sum", "tanh", torch.tanh, "transpose", "contiguous", "clone", "detach",
 }  # fmt: skip
+
+GREATEST = {torch.argmax, "argmax", torch.max, "max"}
+PICKS = {torch.gather, "gather", torch.scatter, "scatter", "scatter_", F.one_hot}
 
 
 @graph_pass(after=("normalize",))
@@ -89,8 +96,10 @@ def _site(node: fx.Node, x: fx.Node, parameter: fx.Node, how: str, tables: set[t
     name, again = path, 2
     while name in taken:
         name, again = f"{path}@{again}", again + 1
-    role: Role = "experts" if stack or "[" in how else _role(node, path, (n, k), tables)
+    role: Role = "experts" if stack or "[" in how else _role(node, param, path, (n, k), tables)
     read = example(x)
+    if read is not None and not read.dtype.is_floating_point:
+        raise PassError(f"linear {path} has a weight of {value.dtype} and an input of {read.dtype}, which eager refuses, too: convert the input, x.to({value.dtype})")
     product = experts.resolve(node)
     by_column = isinstance(product, experts.Experts) and product.form == "weight_first"  # rows are (S, K, 1)
     m = 0 if read is None else rows((read.shape[0], k) if by_column else read.shape)
@@ -101,10 +110,21 @@ def _with_kin(site: Site, kin: tuple[str, ...]) -> Site:
     return replace(site, kin=tuple(name for name in kin if name != site.name))
 
 
-def _role(node: fx.Node, path: str, shape: tuple[int, int], tables: set[tuple[int, int]]) -> Role:
-    if path.rpartition(".")[2] in HEAD_NAMES or (shape in tables and _reaches(node, lambda user: user.op == "output")):
+def _role(node: fx.Node, param: Param, path: str, shape: tuple[int, int], tables: set[tuple[int, int]]) -> Role:
+    if param.table or path.rpartition(".")[2] in HEAD_NAMES or (shape in tables and _reaches(node, lambda user: user.op == "output")):
         return "head"
-    return "router" if _reaches(node, lambda user: user.target in (torch.topk, "topk")) else "linear"
+    return "router" if _reaches(node, _chooses) else "linear"
+
+
+def _chooses(node: fx.Node) -> bool:
+    """``topk``, or the place of the greatest of the last axis where it picks something: not a pooling maximum, and not a label that the graph returns."""
+    if node.target in (torch.topk, "topk"):
+        return True
+    value, dim = example(node.args[0]) if node.args else None, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if node.target not in GREATEST or value is None or not isinstance(dim, int) or dim % value.dim() != value.dim() - 1:
+        return False
+    places = [node] if node.target in (torch.argmax, "argmax") else [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
+    return any(_reaches(place, lambda user: user.target in PICKS) for place in places)
 
 
 def _embedding_shapes(gm: fx.GraphModule) -> set[tuple[int, int]]:

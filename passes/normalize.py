@@ -1,11 +1,13 @@
 """Every spelling of a linear becomes one: ``torch.nn.functional.linear(x, weight, bias)`` with ``weight`` a parameter or its transpose.
 
-Each rule is pattern, check, rewrite; a check that refuses gives its reason, which the report prints. Spellings met in transformers: ``linear``, ``addmm`` (GPT-2's Conv1D, weight K x N),
-``matmul``/``mm``/``@`` with a parameter, and convolutions with a kernel of one.
+Each rule is pattern, check, rewrite; a check that refuses gives its reason, which the report prints. Spellings met in models: ``linear``, ``addmm`` (GPT-2's Conv1D, weight K x N),
+``matmul``/``mm``/``@``/``inner`` with a parameter, convolutions with a kernel of one, and ``multi_head_attention_forward``. A matrix that any other operation reads, unless it is known to be
+harmless (a view, a cast, pointwise, a norm, a table that is looked up), is listed, too.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +18,35 @@ from torch import fx
 
 from qcompile.core.errors import Skip
 
-from . import experts
+from . import attention, experts
 from .infra import graph_pass, target_name
-from .sites import CASTS, LeftAlone, example, is_transpose
+from .sites import CASTS, LeftAlone, example, is_transpose, rows
 
+ATEN = torch.ops.aten
 LINEAR = F.linear
-MATMULS = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"}
+LINEARS = {LINEAR, ATEN.linear, ATEN.linear.default}
+INNER = {torch.inner, "inner"}
+ADDMMS = {torch.addmm, "addmm", ATEN.addmm, ATEN.addmm.default}
+MATMULS = {torch.matmul, torch.mm, operator.matmul, torch.linalg.matmul, "matmul", "mm", "__matmul__", ATEN.mm, ATEN.mm.default, ATEN.matmul, ATEN.matmul.default}
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, F.conv1d, F.conv2d}
 OTHERS = {torch.bmm, torch.baddbmm, torch.einsum, torch.addbmm, "bmm", "baddbmm", torch.conv3d, F.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, F.bilinear}
+PRODUCTS = LINEARS | INNER | ADDMMS | MATMULS | CONVOLUTIONS | OTHERS | {"__rmatmul__", attention.FORWARD}
+HARMLESS = {
+    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "expand_as", "view_as", "transpose", "t", "adjoint", "permute", "movedim", "moveaxis",
+    "swapaxes", "swapdims", "getitem", "getattr", "select", "narrow", "index_select", "gather", "take", "take_along_dim", "chunk", "split", "split_with_sizes", "tensor_split",
+    "unbind", "tile", "repeat", "repeat_interleave", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "flip", "roll", "as_strided", "contiguous", "clone", "detach",
+    "to", "float", "half", "bfloat16", "double", "type", "type_as", "cuda", "cpu", "size", "stride", "dim", "numel", "len", "item", "tolist", "new_zeros", "new_ones",
+    "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like", "masked_fill", "where", "pad", "interpolate", "upsample", "triu", "tril", "diagonal", "diag",
+    "requires_grad", "embedding", "embedding_bag", "one_hot", "setitem", "copy", "index_put", "index_copy", "scatter", "dropout", "add", "sub", "mul", "div", "truediv",
+    "floordiv", "mod", "neg", "pow", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "square", "sigmoid", "logsigmoid", "tanh", "relu", "relu6", "gelu", "silu", "mish",
+    "softplus", "softmax", "log_softmax", "clamp", "clip", "maximum", "minimum", "sin", "cos", "sign", "floor", "ceil", "round", "reciprocal", "lerp", "addcmul", "addcdiv",
+    "iadd", "isub", "imul", "itruediv", "rsub", "multiply", "divide", "subtract", "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "erf", "cumsum", "prelu",
+    "leaky_relu", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "linalg_norm", "linalg_vector_norm", "vector_norm", "sum", "mean",
+    "var", "std", "amax", "amin", "max", "min", "argmax", "all", "any", "isnan", "isinf", "isfinite", "scaled_dot_product_attention",
+}  # fmt: skip
+"""Operations that may read a matrix without being a product with a layer's weight, by their names (``add``, ``add_`` and ``__add__`` are one)."""
+ENCODER = ": this fast path of nn.TransformerEncoderLayer is one operation; torch.backends.mha.set_fastpath_enabled(False) makes it a graph of linears"
+WHY = {"_transformer_encoder_layer_fwd": ENCODER, "_native_multi_head_attention": ENCODER.replace("TransformerEncoderLayer", "MultiheadAttention")}
 
 
 @graph_pass()
@@ -33,12 +56,10 @@ def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
-        rule = next((rule for match, rule in RULES if match(node)), None)
-        if rule is None:
-            continue
+        rule = next(rule for match, rule in RULES if match(node))
         refusal = rule(gm.graph, node)
         if isinstance(refusal, Skip):
-            skipped += [_left_alone(p, str(refusal)) for p in _parameters(node)]
+            skipped += [_left_alone(node, p, "a buffer, no parameter" if "buffer" in p.meta else str(refusal)) for p in _parameters(node)]
     gm.meta["skipped"] = skipped
     return gm
 
@@ -72,6 +93,16 @@ def _linear(graph: fx.Graph, node: fx.Node) -> Skip | None:
     return None
 
 
+def _inner(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    x, weight = _arguments(node, ("input", "other"))
+    found = parameter_of(weight)
+    value = example(weight)
+    if isinstance(found, Skip) or value is None or value.dim() != 2:
+        return found if isinstance(found, Skip) else Skip("an inner product with a parameter that is no matrix")
+    _replace(graph, node, x, weight, False, None)
+    return None
+
+
 def _addmm(graph: fx.Graph, node: fx.Node) -> Skip | None:
     bias, x, weight = _arguments(node, ("input", "mat1", "mat2"))
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
@@ -88,6 +119,8 @@ def _addmm(graph: fx.Graph, node: fx.Node) -> Skip | None:
 
 def _matmul(graph: fx.Graph, node: fx.Node) -> Skip | None:
     x, weight = _arguments(node, ("input", "other"))
+    if node.target == "__rmatmul__":
+        x, weight = weight, x
     found = parameter_of(weight)
     if isinstance(found, Skip):
         return Skip("the parameter is the first factor of the product") if _behind(x) else found
@@ -108,7 +141,7 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
         return Skip(f"a convolution with a kernel of {'x'.join(map(str, kernel))}")
 
     def trivial(arg: Any, default: int) -> bool:
-        return arg is None or arg == "valid" or all(v == default for v in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+        return arg is None or arg in ("valid", "same") or all(v == default for v in (arg if isinstance(arg, (tuple, list)) else (arg,)))
 
     if not (trivial(stride, 1) and trivial(padding, 0) and trivial(dilation, 1) and groups in (None, 1)):
         return Skip("a convolution with stride, padding, dilation or groups")
@@ -121,25 +154,46 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
         flat.meta["example_value"] = value.flatten(1)
         flat.meta["flat"] = True
         y = graph.call_function(LINEAR, (moved, flat, bias))
-        out = graph.call_method("movedim", (y, -1, 1))
+        out = _as_convolution(graph, graph.call_method("movedim", (y, -1, 1)), node.meta["example_value"])
     y.meta = {**node.meta, "example_value": node.meta["example_value"].movedim(1, -1)}
     _substitute(graph, node, out)
     return None
+
+
+def _as_convolution(graph: fx.Graph, out: fx.Node, value: torch.Tensor) -> fx.Node:
+    """``out`` (B, N, *) in the memory format of the convolution's own output: views behind it were traced for that one. The product itself has the channels last."""
+    if value.is_contiguous():
+        return graph.call_method("contiguous", (out,))
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
+    return out if last is None else graph.call_method("contiguous", (out,), {"memory_format": last})
 
 
 def _other(graph: fx.Graph, node: fx.Node) -> Skip | None:
     found = experts.resolve(node)
     if found is not None:
         return found if isinstance(found, Skip) else None
-    return Skip(f"{getattr(node.target, '__name__', node.target)} is no linear layer") if _parameters(node) else None
+    name = _name(node)
+    if name in HARMLESS or not _parameters(node):
+        return None
+    return Skip(f"{name} is no linear layer{WHY.get(name, '')}")
+
+
+def _name(node: fx.Node) -> str:
+    """What a node calls, without the marks of in-place and reflected methods: ``__radd__`` and ``add_`` are ``add``."""
+    target = getattr(node.target, "overloadpacket", node.target)
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    plain = name.strip("_")
+    return next((n for n in (plain, plain.removeprefix("r"), plain.removeprefix("i")) if n in HARMLESS), name)
 
 
 RULES: tuple[tuple[Callable[[fx.Node], bool], Callable[[fx.Graph, fx.Node], Skip | None]], ...] = (
-    (lambda n: n.target is LINEAR, _linear),
-    (lambda n: n.target in (torch.addmm, "addmm"), _addmm),
-    (lambda n: n.target in MATMULS, _matmul),
+    (lambda n: n.target in LINEARS, _linear),
+    (lambda n: n.target in INNER, _inner),
+    (lambda n: n.target in ADDMMS, _addmm),
+    (lambda n: n.target in MATMULS or n.target == "__rmatmul__", _matmul),
     (lambda n: n.target in CONVOLUTIONS, _convolution),
-    (lambda n: n.target in OTHERS or experts.is_grouped(n.target), _other),
+    (lambda n: n.target is attention.FORWARD, attention.expand),
+    (lambda n: True, _other),
 )
 
 
@@ -173,8 +227,9 @@ def _substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 
 
 def _parameters(node: fx.Node) -> list[fx.Node]:
-    """Parameters of at least two dimensions among a node's inputs: read through views, or all that an input is computed from."""
-    return list(dict.fromkeys(p for source in node.all_input_nodes for p in _behind(source) or _origins(source)))
+    """Parameters (and factors that are buffers) of at least two dimensions among a node's inputs: read through views, or all that an input is computed from."""
+    found = dict.fromkeys(p for source in node.all_input_nodes for p in _behind(source) or _origins(source))
+    return [p for p in found if "param" in p.meta or node.target in PRODUCTS]  # of buffers only the factors of products
 
 
 def _behind(source: Any) -> list[fx.Node]:
@@ -194,8 +249,8 @@ def _origins(source: fx.Node, limit: int = 32) -> list[fx.Node]:
     seen, front = {source}, [source]
     while front:
         node = front.pop()
-        if (node.op == "placeholder" and "param" not in node.meta) or node.op == "get_attr" or len(seen) > limit:
-            return []
+        if (node.op == "placeholder" and "param" not in node.meta) or node.op == "get_attr" or node.target in PRODUCTS or len(seen) > limit:
+            return []  # a product of parameters alone is an activation, and a site of its own
         new = [n for n in node.all_input_nodes if n not in seen]
         seen.update(new)
         front += new
@@ -204,9 +259,30 @@ def _origins(source: fx.Node, limit: int = 32) -> list[fx.Node]:
 
 def _is_matrix(node: Any) -> bool:
     value = example(node)
-    return isinstance(node, fx.Node) and node.op == "placeholder" and "param" in node.meta and value is not None and value.dim() >= 2
+    known = isinstance(node, fx.Node) and node.op == "placeholder" and ("param" in node.meta or ("buffer" in node.meta and "mutated" not in node.meta))
+    return known and value is not None and value.dim() >= 2
 
 
-def _left_alone(parameter: fx.Node, reason: str) -> LeftAlone:
-    value = example(parameter)
-    return LeftAlone(parameter.meta["param"].path, tuple(value.shape), value.numel() * value.dtype.itemsize, reason)
+def _left_alone(node: fx.Node, parameter: fx.Node, reason: str) -> LeftAlone:
+    value, param = example(parameter), parameter.meta.get("param") or parameter.meta["buffer"]
+    return LeftAlone(param.path, tuple(value.shape), value.numel() * value.dtype.itemsize, reason, param.index, _flops(node, parameter))
+
+
+def _flops(node: fx.Node, parameter: fx.Node) -> int:
+    """Floating-point operations of a node's product with a parameter, on the example input; those of a fused layer (a cell, attention) by the rows that it reads."""
+    w, out = example(parameter), example(node)
+    x = next((value for n in node.all_input_nodes if parameter not in _behind(n) and isinstance(value := example(n), torch.Tensor)), None)
+    if node.target in CONVOLUTIONS | OTHERS and "conv" in _name(node):
+        transposed = "transpose" in _name(node)
+        over = x if transposed else out
+        return 2 * _numel(over) * int(w.numel()) // int(w.shape[0]) if over is not None else 0
+    if x is None or not x.dim():
+        return 0
+    if node.target in PRODUCTS and isinstance(out, torch.Tensor) and _numel(out):  # (M, K) x (K, N): MK * KN / MN is K^2
+        batch = int(w.shape[0]) if w.dim() > 2 else 1
+        return 2 * _numel(out) * round(math.sqrt(_numel(x) * int(w.numel()) / (_numel(out) * batch)))
+    return 2 * rows(x.shape) * int(w.numel())
+
+
+def _numel(value: torch.Tensor) -> int:
+    return rows((*value.shape, 1))

@@ -56,6 +56,6 @@ def run_observed(gm: fx.GraphModule, args: Sequence[Any], names: set[str], see: 
     """Interpret ``gm`` once on real ``args``. What the graph writes to (caches, buffers) is cloned first and the random state restored: the model is as before."""
     devices = sorted({a.device.index or 0 for a in args if isinstance(a, Tensor) and a.is_cuda})
     placeholders = gm.graph.find_nodes(op="placeholder")
-    private = [a.clone() if isinstance(a, Tensor) and "param" not in p.meta else a for p, a in zip(placeholders, args)]
     with compat.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        private = [a.clone() if isinstance(a, Tensor) and "param" not in p.meta else a for p, a in zip(placeholders, args)]
         Observer(gm, names, see).run(*private)

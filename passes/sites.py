@@ -16,11 +16,12 @@ Role = Literal["linear", "head", "router", "experts"]
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter among the graph's inputs: its position, its name in the model, the class name of its module."""
+    """A parameter among the graph's inputs: its position, its name in the model, the class name of its module, and whether an embedding looks it up, in this graph or elsewhere."""
 
     index: int
     path: str
     kind: str = ""
+    table: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A matrix product with a parameter that is not a site, and why."""
+    """A matrix product with a parameter (or a buffer) that is not a site, and why. ``index`` is its position among the graph's inputs, ``flops`` those of the product on the example input."""
 
     path: str
     shape: tuple[int, ...]
     nbytes: int
     reason: str
+    index: int = -1
+    flops: int = 0
 
 
 CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "detach"}

@@ -26,12 +26,13 @@ from qcompile.calibrate import Recorder, remember_code, renamed, session
 from qcompile.capture import capture
 from qcompile.core.digest import digest
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
-from qcompile.core.recipe import Choice, Rule
+from qcompile.core.recipe import Choice
 from qcompile.dumps import dump, trace_plan
 from qcompile.fill import shapes_of, tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import guard, is_released, release
+from qcompile.missed import limit, of_no_live_linear
 from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
@@ -56,6 +57,9 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
             raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
         _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
         return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
+    records = [TABLE.get(a) for a in example_inputs if isinstance(a, nn.Parameter)]  # looked at, not asked: is_released may collapse one anew, which Dynamo's guards would see
+    if (opts.release or any(r is not None and r.released is not None for r in records)) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
+        _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
     return CompiledGraph(gm, example_inputs, opts)
 
 
@@ -144,7 +148,10 @@ class CompiledGraph:
         return kept
 
     def _pin(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        """Parameters that this graph reads in 16 bits must not be released."""
+        """Parameters that this graph reads in 16 bits must not be released, nor those of embeddings, which may run outside every graph."""
+        for site in self.sites.values():
+            if site.param.table:
+                TABLE.record(inputs[site.param.index], site.param.path).pinned.add("an embedding reads it in 16 bits")
         for node in gm.graph.find_nodes(op="placeholder"):
             param = node.meta.get("param")
             if param is None or "packed" in node.meta or not node.users:
@@ -157,9 +164,10 @@ class CompiledGraph:
 
     def _check(self, gm: fx.GraphModule) -> None:
         unused = gm.meta["unused_rules"]
-        if missed := _of_no_live_linear(unused):
+        if missed := of_no_live_linear(unused):
             names = ", ".join(sorted(site.path for site in self.sites.values())[:8]) or "none"
             _warn_once(("rules", tuple(missed), names), f"qcompile: rules that matched no linear: {', '.join(map(repr, missed))}. Linears here: {names}, ...")
+        self.unused = set(unused)
         self.notes += [f"rule {rule!r} matched nothing" for rule in unused]
 
     def _report_refusals(self) -> None:
@@ -219,7 +227,9 @@ class CompiledGraph:
         gm = compat.copy_graph(self.matched)
         sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
         gm.meta["sites"] = sites
-        gm.meta["plan"] = plan_of(sites, self.options.recipe)
+        used: set[int] = set()
+        gm.meta["plan"] = plan_of(sites, self.options.recipe, used)
+        self.unused -= {self.options.recipe.rules[i].pattern for i in used}
         _, choices = self.calibrate(gm, args)
         gm.meta["plan"] = {**gm.meta["plan"], **choices}
         return signature(gm)
@@ -260,12 +270,6 @@ class CompiledGraph:
             self._served[key] = found
             weakref.finalize(args[self._weights[0]], self._served.pop, key, None)
         return found
-
-
-def _of_no_live_linear(rules: Sequence[str]) -> list[str]:
-    """Rules that name no live linear at all: where layers are compiled one by one, or a graph breaks, a rule may be for another graph."""
-    live = [(f"{path}.{name}".strip(".").removesuffix(".weight"), type(owner).__name__) for owner, path, name in owners().values()] if rules else []
-    return [rule for rule in rules if not any(Rule(rule).matches(*linear) for linear in live)]
 
 
 @dataclass

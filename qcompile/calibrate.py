@@ -59,6 +59,7 @@ class Session:
         self._copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
         self._names: dict[int, tuple[nn.Module, str, str]] = {}
+        self.tables: set[int] = set()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
@@ -110,7 +111,8 @@ class Session:
         for p in args:
             owner, _, name = self._names.get(id(p), (None, "", ""))
             if isinstance(p, nn.Parameter) and (owner is None or owner._parameters.get(name) is not p):
-                self._names = owners()
+                self.tables.clear()
+                self._names = owners(self.tables)
                 break
         return self._names
 
@@ -213,7 +215,7 @@ class Recorder:
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Any, session: Session) -> None:
         self._gm, self._options, self._session = gm, options, session
         session.heed(options)
-        self._captured = capture(gm, inputs, options.root, session.names(inputs))
+        self._captured = capture(gm, inputs, options.root, session.names(inputs), session.tables)
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._units: dict[tuple[int, ...], Unit] = {}
 
@@ -288,7 +290,7 @@ def solve(units: Sequence[Unit], memory: int, progress: bool, again: bool, folde
     from qcompile.progress import bar
 
     total = sum(len(u.calls) * len(u.groups) for u in units)
-    with bar("calibrating", total, progress) as step:
+    with bar("calibrating", total, progress) as step, compat.no_dispatch_modes():
 
         def said(line: Solved) -> None:
             step(0, f"{line.name}" + (f" {line.decibels:.1f} dB" if line.decibels is not None else "") + f" {line.seconds:.2f} s")

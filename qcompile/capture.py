@@ -18,21 +18,25 @@ CREATING = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like", "ones_
 VIEWS = {"view", "reshape", "narrow", "select", "slice", "getitem", "__getitem__", "transpose", "t", "unsqueeze", "squeeze", "flatten", "expand", "permute", "detach"}
 
 
-def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "", names: Mapping[int, tuple[nn.Module, str, str]] | None = None) -> fx.GraphModule:
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "", names: Mapping[int, tuple[nn.Module, str, str]] | None = None, tables: set[int] | None = None) -> fx.GraphModule:
     """A private copy of Dynamo's graph. Parameters get ``meta["param"]``; inputs that the graph writes to are marked static, so that CUDA graphs apply.
 
     Names are those of the outermost live module (or start with ``root``, where the user gave one), so that a layer compiled alone has the names it has in its model.
-    ``names``: the modules that own the parameters, as ``owners`` gives them, where they are known.
+    ``names`` and ``tables``: the modules that own the parameters, as ``owners`` gives them, where they are known.
     """
     copy = compat.copy_graph(gm)
-    found = dict(names) if names is not None else owners()
+    tables = set() if tables is None else tables
+    found = dict(names) if names is not None else owners(tables)
     for index, (node, value) in enumerate(zip(copy.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
             owner, path, name = found.get(id(value), (None, "", ""))
             relative = dotted(compat.source_name(node))
             full = f"{root}.{relative}".strip(".") if root else f"{path}.{name}".strip(".") or relative or node.name
-            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "")
-        elif isinstance(value, Tensor) and _is_written(node):
+            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "", id(value) in tables)
+            continue
+        if isinstance(value, Tensor) and "_buffers[" in (source := compat.source_name(node)):
+            node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."))
+        if isinstance(value, Tensor) and _is_written(node):
             node.meta["mutated"] = True
             compat.mark_static(node)
     stored.fold(copy, inputs, found)

@@ -33,8 +33,7 @@ def static_int(size: Any) -> int | None:
     if isinstance(size, int):
         return size
     if isinstance(size, torch.SymInt):
-        node = size.node
-        return int(size) if node.is_constant() else None
+        return int(size) if size.node.is_constant() else None
     return int(size) if getattr(size, "is_number", False) else None
 
 
@@ -183,6 +182,11 @@ def force_stride_order() -> Any:
     return torch.ops.prims.inductor_force_stride_order.default
 
 
+def grouped_mm() -> set[Any]:
+    """torch's product of rows sorted by expert with stacked matrices: private first, public since 2.10."""
+    return {getattr(owner, name) for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm")) if hasattr(owner, name)}
+
+
 def kernel_count() -> int:
     """Kernels that Inductor has generated in this process; restored on cache hits, so differences count either way."""
     from torch._inductor import metrics
@@ -292,13 +296,13 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
-def at_recompile_limit(functions: Iterable[Any]) -> list[str]:
-    """Names of functions for which Dynamo holds as many graphs as it may: a call that needs another one runs eagerly."""
+def at_recompile_limit(functions: Iterable[Any], more: int = 0) -> list[str]:
+    """Names of functions (or code objects) for which Dynamo holds as many graphs as it may, or will with ``more``: a call that needs another one runs eagerly."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
     limit = recompile_limit()
-    codes = {fn.__code__ for fn in functions if hasattr(fn, "__code__")}
-    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) >= limit)
+    codes = {code for fn in functions if hasattr(code := getattr(fn, "__code__", fn), "co_qualname")}
+    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) + more >= limit)
 
 
 def dynamo_is_off() -> str | None:
@@ -318,11 +322,11 @@ def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "strin
 
 @contextlib.contextmanager
 def no_dispatch_modes() -> Iterator[None]:
-    """Run on real tensors inside a compile: outside the fake mode and tracing context that Dynamo has active."""
+    """Run on real tensors inside a compile, outside Dynamo's fake mode and tracing context; and outside inference mode, whose tensors a later call under no_grad could not write to."""
     from torch._guards import tracing
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with tracing(None), _disable_current_modes():
+    with tracing(None), _disable_current_modes(), torch.inference_mode(False):
         yield
 
 
@@ -333,13 +337,9 @@ def on_optimizer_step(fn: Callable[[Iterator[torch.Tensor]], Any]) -> None:
     register_optimizer_step_post_hook(lambda optimizer, *_: fn(p for group in optimizer.param_groups for p in group["params"]) and None)
 
 
+@functools.cache
 def has_cpp_compiler() -> str | None:
     """None where Inductor finds a C++ compiler, else what it said."""
-    return _cpp_compiler()
-
-
-@functools.cache
-def _cpp_compiler() -> str | None:
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 

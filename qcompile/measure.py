@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qcompile import compat
+from qcompile import compat, memory
 from qcompile.core.errors import QcompileError, Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
@@ -128,14 +128,13 @@ class _Collector:
         self._left_alone(use, args, number, names)
 
     def _left_alone(self, use: _Use, args: Sequence[Any], number: int, names: dict[int, tuple[nn.Module, str, str]]) -> None:
-        indices = {p.meta["param"].path: p.meta["param"].index for p in use.graph.planned.graph.find_nodes(op="placeholder") if "param" in p.meta}
         for entry in use.graph.planned.meta["skipped"]:
-            parameter = args[indices[entry.path]]
+            parameter = args[entry.index]
             weight = self.weights.setdefault(id(parameter), _Weight(parameter))
             weight.roles.add("other")
             weight.kept = True
             _, path, name = names.get(id(parameter), (None, "", ""))
-            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, self._number(parameter), graph=number))
+            use.kept.append(KeptRow(f"{path}.{name}".strip(".") or entry.path, entry.shape, "other", entry.reason, entry.nbytes, self._number(parameter), flops=entry.flops, graph=number))
 
     def _owners(self, parameters: Sequence[nn.Parameter]) -> dict[int, tuple[nn.Module, str, str]]:
         """One scan of the live modules serves the whole call, unless modules were made meanwhile."""
@@ -170,13 +169,17 @@ class _Collector:
         if missed and (full := compat.at_recompile_limit(functions(fast))):
             notes.append(limit(full))
         held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])
+        notes += memory.held(held)
         return Report(tuple(sites), tuple(kept), graphs, self._totals(held), tuple(dict.fromkeys(notes)))
 
     def _graph_row(self, index: int, graph: CompiledGraph) -> GraphRow:
         uses = [use for use in self.uses.values() if use.graph is graph]
         steps = tuple(StepRow(s.name, s.seconds, s.changed, s.note) for s in graph.steps)
         options = graph.options
-        return GraphRow(index, str(options.recipe), options.lower, len(graph.sites), len(uses), sum(u.calls for u in uses), graph.kernel_count, steps, tuple(graph.notes))
+        peers = [g for ran in self.graphs for g in (ran, *ran._variants.values()) if g.options.recipe == options.recipe]
+        found = {f"rule {rule.pattern!r} matched nothing" for g in peers for rule in options.recipe.rules if rule.pattern not in g.unused}  # matched by another graph
+        notes = tuple(note for note in graph.notes if note not in found)
+        return GraphRow(index, str(options.recipe), options.lower, len(graph.sites), len(uses), sum(u.calls for u in uses), graph.kernel_count, steps, notes)
 
     def _totals(self, held: Sequence[Tensor]) -> Totals:
         from qcompile.weights import TABLE

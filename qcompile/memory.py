@@ -1,14 +1,16 @@
 """Memory of weights: give the 16-bit storage back, bring it back, and say by hand that a weight changed.
 
-A released parameter keeps its shape and dtype but only one element of storage: it reads as NaN, refuses writes, and cannot crash the process, which freed storage would.
+A released parameter keeps its shape and dtype but only one element of storage: it reads as NaN, and cannot crash the process, which freed storage would.
+Torch refuses writes into it, but for ``fill_`` and ``zero_``, behind which the next call raises WeightError; ``p.data = t`` gives it a value again.
 ``state_dict`` gives dequantized values for it, ``copy.deepcopy`` and ``torch.save`` a whole parameter, and ``load_state_dict`` gives it storage again first.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from qcompile.core.errors import WeightError
 from qcompile.core.qtensor import dequantize
-from qcompile.weights import TABLE
+from qcompile.weights import TABLE, Key, Record
 
 
 def refresh(model: nn.Module) -> int:
@@ -27,7 +29,7 @@ def refresh(model: nn.Module) -> int:
 def release_weights(model: nn.Module) -> int:
     """Give back the 16-bit storage of every packed weight of ``model``; call the compiled model once before. Returns the bytes freed.
 
-    Weights that some compiled graph still reads in 16 bits (an embedding tied to the head) are kept. Raises WeightError where nothing is packed.
+    Weights that some compiled graph still reads in 16 bits (an embedding tied to the head) are kept, and stacked ones of which not all matrices are packed: ``explain`` notes why. Raises WeightError where nothing is packed.
     """
     parameters = list(model.named_parameters())
     packed = [(name, p) for name, p in parameters if (record := TABLE.get(p)) is not None and record.entries]
@@ -43,13 +45,22 @@ def release(p: nn.Parameter, path: str) -> int:
     record = TABLE.get(p)
     if record is None or not record.entries:
         raise WeightError(f"{path} has not been packed: call the compiled model once before its weights are released")
-    if is_released(p) or record.pinned or any("[" in how for _, how, _ in record.entries):
+    if is_released(p):
+        return 0
+    record.held = "; ".join(sorted(record.pinned)) or _missing(p, record)
+    if record.held:
         return 0
     freed = p.nbytes
     TABLE.release(p)
     me = weakref.ref(p)
     p.__dict__.update(__deepcopy__=lambda memo: _copied(me(), memo), __reduce_ex__=lambda protocol: _whole(me()).__reduce_ex__(protocol))
     return freed
+
+
+def held(parameters: Iterable[Tensor]) -> list[str]:
+    """A line for each parameter that should have been released and was not: why, and the bytes."""
+    found = [(record, p.nbytes) for p in parameters if (record := TABLE.get(p)) is not None and record.held and record.released is None]
+    return [f"the 16-bit weight {record.path} ({nbytes} bytes) was not released: {record.held}" for record, nbytes in found]
 
 
 def is_released(p: object) -> bool:
@@ -62,7 +73,28 @@ def restored(p: Tensor) -> Tensor:
     record = TABLE.get(p)
     if record is None or record.released is None or not is_released(p):
         return p
-    (_, how, rest), entry = next(item for item in record.entries.items() if item[0][0] == "weight")
+    keys = _keys(p, record)
+    parts = [_dequantized(record, keys[None])] if None in keys else [_dequantized(record, keys[i]) for i in range(p.shape[0])]
+    value = parts[0] if None in keys else torch.stack(parts)
+    return value.to(record.released).reshape(p.shape).to(p.device)
+
+
+def _keys(p: Tensor, record: Record) -> dict[int | None, Key]:
+    """An entry for each of the stacked matrices that is packed by itself, and under None one for the whole parameter."""
+    elements = {key: re.match(r"\[(-?\d+)\]", key[1]) for key in record.entries if key[0] == "weight"}
+    return {int(found[1]) % p.shape[0] if found else None: key for key, found in reversed(elements.items())}
+
+
+def _missing(p: Tensor, record: Record) -> str:
+    """Why what is packed cannot stand for the whole parameter; "" where it can."""
+    keys = _keys(p, record)
+    return "" if None in keys or len(keys) == p.shape[0] else f"{len(keys)} of its {p.shape[0]} stacked matrices are packed; the others would be lost"
+
+
+def _dequantized(record: Record, key: Key) -> Tensor:
+    """The value of one packed entry, float32, laid out as the parameter is."""
+    _, how, rest = key
+    entry = record.entries[key]
     value = dequantize(entry.qtensor(), torch.float32)
     if (solution := entry.solution) is not None:
         solution = solution.to(value.device)
@@ -70,8 +102,7 @@ def restored(p: Tensor) -> Tensor:
         if ("columns", how, rest) in record.entries:
             columns = record.entries["columns", how, rest].tensors[0].float()
             value[..., solution.outliers] = columns if solution.smooth is None else columns / solution.smooth[solution.outliers]
-    value = value.to(record.released)
-    return (value.transpose(-1, -2) if how == "t" else value).reshape(p.shape).to(p.device)
+    return value.transpose(-1, -2) if how.rpartition(".")[2] == "t" else value
 
 
 def revive(p: Tensor) -> None:

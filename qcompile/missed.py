@@ -9,7 +9,11 @@ from typing import Any
 from torch import nn
 
 from qcompile import compat
+from qcompile.core.recipe import Rule
 from qcompile.report import KeptRow
+from qcompile.weights import owners
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def module_of(fast: Any) -> nn.Module | None:
@@ -28,7 +32,7 @@ def unread(module: nn.Module, seen: set[int], number: Callable[[nn.Parameter], i
             if p is None or p.dim() < 2 or id(p) in found:
                 continue
             found.add(id(p))
-            table = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
+            table = isinstance(owner, TABLES)
             reason = "no compiled graph reads it in this call" + (" (an embedding table)" if table else "")
             if p.dim() == 3 and _eager_experts(module, path):
                 reason += ": its experts run in an eager Python loop; model.set_experts_implementation('grouped_mm') lets them be compiled"
@@ -81,3 +85,13 @@ def why_nothing(fast: Any) -> str:
     if not backends:
         reasons.insert(0, "the function calls nothing that is compiled with backend='qcompile'")
     return "; or ".join(reasons) + "."
+
+
+def of_no_live_linear(rules: Sequence[str]) -> list[str]:
+    """Rules that name no live linear at all, tables and norms apart: where layers are compiled one by one, or a graph breaks, a rule may be for another graph."""
+    live = [
+        (f"{path}.{name}".strip(".").removesuffix(".weight"), type(owner).__name__)
+        for owner, path, name in (owners().values() if rules else ())
+        if owner._parameters[name].dim() > 1 and not isinstance(owner, TABLES) and "Norm" not in type(owner).__name__  # type: ignore[union-attr]
+    ]
+    return [rule for rule in rules if not any(Rule(rule).matches(*linear) for linear in live)]

@@ -121,7 +121,7 @@ class Totals:
     """Sums. Bytes count each weight once, whatever number of graphs reads it; FLOPs count each call.
 
     ``coverage`` is the quantized share of the bytes of weights in matrix products, heads and routers apart; ``coverage_all`` counts them in; ``*_flops`` are the same in the FLOPs
-    of linears. A weight that no compiled graph reads counts as not quantized, embedding tables do not count.
+    of matrix products, convolutions included. A weight that no compiled graph reads counts as not quantized, embedding tables do not count.
     """
 
     bytes_before: int

@@ -151,7 +151,7 @@ def sensitivity(
     if not session.units:
         raise CalibrationError("no linear ran: give sensitivity a model that torch.compile can capture, and at least one batch")
     total = sum(len(unit.calls) * len(unit.groups) for unit in session.units)
-    with bar("sensitivity", 2 * total, progress) as step:
+    with bar("sensitivity", 2 * total, progress) as step, compat.no_dispatch_modes():
         probe = Probe(session.units, session.budget, lambda: step(1), session.ends)
         probe.solve()
         rows, whole = probe.measure(mode)

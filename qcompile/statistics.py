@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile import compat
 from qcompile.core.errors import CalibrationError, QcompileWarning
 from qcompile.core.recipe import Choice
 from qcompile.core.stats import STATISTICS, Stats, from_tensors, to_tensors
@@ -53,7 +54,8 @@ class Calibration:
         """Statistics by site: those that are always taken, those that the recipe needs, and ``names``. Taken on the recorded calls, in as many replays as the memory allows."""
         wanted = dict.fromkeys((*ALWAYS, *names, *(n for u in self._units for c in u.plan.values() if isinstance(c, Choice) for n in (*first_needs(c), *then_needs(c)))))
         if self._units and any(set(wanted) - set(s.stats) for s in self._seen.values() or [Observed({}, 0)]):
-            self._seen = collect(self._units, tuple(wanted), self._budget)
+            with compat.no_dispatch_modes():
+                self._seen = collect(self._units, tuple(wanted), self._budget)
             self._weights = {s.name: (s.shape, identity(u.parameter(s))) for u in self._units for s in u.sites.values() if s.name in self._seen}
         return self._seen
 

@@ -53,7 +53,7 @@ def fingerprint(p: Tensor) -> tuple[object, ...]:
 
 def collapse(p: Tensor) -> None:
     """One NaN seen through every index."""
-    with compat.no_dispatch_modes(), torch.no_grad():
+    with compat.no_dispatch_modes(), torch.inference_mode(p.is_inference()), torch.no_grad():  # a parameter that was made in inference mode takes its own kind only
         p.data = torch.full((1,), float("nan"), dtype=p.dtype, device=p.device).expand(p.shape)
 
 
@@ -78,7 +78,7 @@ class Entry:
 @dataclass
 class Record:
     """All that is known of one live parameter: packed entries, solutions of its sites, tensors that these give compiled graphs, the reasons why its 16-bit value is still needed,
-    and the dtype it had when that value was released (None: it was not)."""
+    why it was held when it should have been released, and the dtype it had when it was (None: it was not)."""
 
     ref: weakref.ref[Tensor]
     path: str = ""
@@ -87,6 +87,7 @@ class Record:
     given: dict[tuple[str, SolutionKey], list[Tensor]] = field(default_factory=dict)
     joined: dict[tuple[object, ...], list[Tensor]] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
+    held: str = ""
     released: torch.dtype | None = None
 
 
@@ -146,6 +147,11 @@ class WeightTable:
         entry_key = entry_of(what, how, scheme, key)
         entry = record.entries.get(entry_key)
         if entry is not None and entry.state == state_of(p):
+            return entry.tensors
+        if record.released is not None and entry is not None:
+            if not bool(p.isnan().all()):
+                raise WeightError(f"the 16-bit weight of {path} was released, and written to since (fill_, zero_), which is lost: load the weights again, or give it a value by p.data = t")
+            entry.state = state_of(p)  # moved as it is, by share_memory_
             return entry.tensors
         if record.released is not None:
             have = ", ".join(f"{k[2]}{' transposed' if k[1] == 't' else ''}" for k in record.entries)
@@ -299,10 +305,10 @@ class Binding:
         return versions, [p.data_ptr() for p in parameters], GENERATION[0]
 
 
-def owners() -> dict[int, tuple[nn.Module, str, str]]:
+def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, str]]:
     """id(parameter) -> (owning module, its full name in the outermost live module, name of the parameter). One scan of the live objects.
 
-    This is how sites are called the same whether a whole model is compiled or each of its layers.
+    This is how sites are called the same whether a whole model is compiled or each of its layers. ``tables`` gets the ids of the parameters of embeddings, whatever else owns them, too.
     """
     import gc
 
@@ -328,6 +334,8 @@ def owners() -> dict[int, tuple[nn.Module, str, str]]:
         own = [(name, p) for name, p in module._parameters.items() if p is not None]
         if own:
             path = full_name(module)
+            if tables is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                tables |= {id(p) for _, p in own}
             for name, p in own:
                 if id(p) not in names or len(path) > len(names[id(p)][1]):
                     names[id(p)] = (module, path, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -180,3 +181,39 @@ def test_threads_compile_at_once(x):
     for t in threads:
         t.join()
     assert all(close(results[i], rounded(models[i])(x).detach()) for i in range(3))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 32, 48))
+
+    def forward(self, x):
+        return torch.bmm(x, self.w)
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"recipe": "FP8"}, "no product of e4m3 and e4m3"), ({"weight": "int3.row"}, "codes of 4 or 8 bits, not 3")])
+def test_emulated_experts_are_told_and_refused_under_strict(options, reason):
+    model, x = Experts(), torch.randn(4, 5, 32)
+    with torch.no_grad(), said() as texts:
+        y = compiled(model, **options)(x)
+        torch._dynamo.reset()
+        assert close(y, compiled(model, lower="eager", **options)(x), 1e-3)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=f"1 linears are emulated.*{reason}"):
+            compiled(model, strict=True, **options)(x)
+    assert any(reason in t for t in texts)
+
+
+@pytest.mark.parametrize("options", [{"recipe": "FP8"}, {"weight": "e4m3.row"}])
+def test_an_old_gpu_under_strict(options, x, monkeypatch):
+    """The decisions for a GPU without FP8, which need no GPU."""
+    from qcompile.kernels.op import Case
+
+    monkeypatch.setattr(sys.modules["qcompile.passes.lower"], "Case", lambda device, *rest: Case(torch.device("cuda"), *rest, capability=(8, 0)))
+    with torch.no_grad(), graphs() as seen:
+        compiled(Net(), lower="eager", **options)(x)
+        assert all(isinstance(kernel, Skip) and "compute capability 8.9" in str(kernel) for kernel in seen[0][0].kernels.values())
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"2 linears are emulated.*compute capability 8\.9, this device has \(8, 0\)"):
+            compiled(Net(), strict=True, lower="eager", **options)(x)

@@ -195,3 +195,15 @@ def test_called_by_hand(x):
     gm = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
     out = backend(gm, [x], options={"lower": "eager"})(x)
     assert torch.equal(out, x.relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.bool])
+@pytest.mark.parametrize("recipe", ["W8A8", "W8A16"])
+def test_integer_inputs(recipe, dtype):
+    """Eager refuses them; Dynamo's fake values do not."""
+    model, x = Net(), torch.ones(3, 32, dtype=dtype)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            model(x)
+        with pytest.raises(Exception, match=f"linear up has a weight of torch.float32 and an input of {dtype}.*convert the input"):
+            torch.compile(model, backend="qcompile", options={"recipe": recipe, "lower": "eager"})(x)

@@ -54,6 +54,8 @@ def private(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str,
     """Underscored parts of torch, imported or read as attributes."""
     names = list(imports(tree, module, is_package))
     names += [(ast.unparse(node), node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr") and len(node.args) > 1]
+    names += [(f"{ast.unparse(node.args[0])}.{node.args[1].value}", node.lineno) for node in calls if isinstance(node.args[1], ast.Constant)]
     for name, line in names:
         if name.startswith("torch._") and not name.startswith("torch.__") and not any(within(name, public) for public in PUBLIC_BY_CUSTOM):
             yield name, line
@@ -101,6 +103,8 @@ def test_one_way(module, path):
         ("qcompile.passes.x", "from qcompile import weights", True),
         ("qcompile.passes.x", "import torch._inductor.ir", True),
         ("qcompile.passes.x", "torch._dynamo.reset()", True),
+        ("qcompile.passes.x", "import torch\ngetattr(torch, '_grouped_mm', None)", True),
+        ("qcompile.passes.x", "import torch\ngetattr(torch.nn.functional, 'linear', None)", False),
         ("qcompile.passes.x", "import torch\ntorch._ops.OpOverload", False),
         ("qcompile.backend", "from torch._guards import TracingContext", True),
         ("qcompile.backend", "from qcompile.passes import lower", False),

@@ -31,8 +31,8 @@ def test_totals_by_hand(report):
     assert t.bytes_after == 3 * packed + head + gate + convolution + unused
     assert t.coverage == 3 * layer / (3 * layer + convolution + unused)
     assert t.coverage_all == 3 * layer / t.bytes_before
-    flops = 2 * 14 * np.array([6 * 64 * 128, 100 * 64, 4 * 64])
-    assert t.coverage_flops == 1 and t.coverage_flops_all == flops[0] / flops.sum()
+    flops = 2 * 14 * np.array([6 * 64 * 128, 100 * 64, 4 * 64, 64 * 64 * 3])
+    assert t.coverage_flops == flops[0] / (flops[0] + flops[3]) and t.coverage_flops_all == flops[0] / flops.sum()
     biases = (3 * 128 + 64 + 100 + 32) * 4
     assert t.resident_bytes == 3 * packed + t.bytes_before + table + biases + 8
     assert t.released == 0
@@ -235,8 +235,8 @@ def test_prefill_and_decode():
     groups = report.site_groups()
     assert [(g.label, g.m, g.total("bytes_after")) for g in groups[::2]] == [("layers.*.up  x3", "5-14", 3 * (64 * 128 + 512)), ("layers.*.up  x3", "1", 3 * (64 * 128 + 512))]
     assert report.totals.bytes_before == sum(g.total("bytes_before") for g in groups[:2]) + sum(g.total("nbytes") for g in report.kept_groups())
-    linears, head, gate = 6 * 64 * 128, 64 * 100, 64 * 4
-    assert report.totals.coverage_flops_all == linears / (linears + head + gate)
+    linears, head, gate, convolution = 6 * 64 * 128, 64 * 100, 64 * 4, 64 * 64 * 3
+    assert report.totals.coverage_flops_all == linears / (linears + head + gate + convolution)
 
 
 class Twice(nn.Module):
@@ -272,6 +272,32 @@ def test_flops_count_calls():
     packed, kept = torch.compile(a, backend="qcompile", options=EAGER), torch.compile(b, backend="qcompile", options={"weight": "int8.row", "ignore": ["Linear"], **EAGER})
     report = qcompile.explain(lambda x: packed(packed(packed(kept(x)))), torch.randn(4, 32))
     assert report.totals.coverage_flops == 3 / 4 and report.totals.coverage == 1 / 2
+
+
+def test_flops_of_what_is_no_linear():
+    """By hand, for every kind of product."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.up, self.cell = nn.Conv1d(32, 16, 3, padding=1), nn.ConvTranspose1d(16, 8, 2, stride=2), nn.GRUCell(16, 24)
+            self.e, self.f, self.b = (nn.Parameter(torch.randn(*shape)) for shape in ((16, 40), (20, 16), (2, 10, 7)))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x = self.wide(x)
+            rows = x.transpose(1, 2)  # (2, 10, 16)
+            return self.up(x), self.cell(x[:, :, 0]), torch.einsum("btk,kn->btn", rows, self.e), self.f @ x, torch.bmm(self.b.transpose(1, 2), rows)
+
+    report = qcompile.explain(torch.compile(Products(), backend="qcompile", options=EAGER), torch.randn(2, 32, 10))
+    assert {row.name: row.flops for row in report.kept} == {
+        "wide.weight": 2 * 20 * 16 * 32 * 3,
+        "up.weight": 2 * 20 * 16 * 8 * 2,
+        "cell.weight_ih": 2 * 2 * 3 * 24 * 16,
+        "cell.weight_hh": 2 * 2 * 3 * 24 * 24,
+        "e": 2 * 20 * 16 * 40,
+        "f": 2 * 20 * 20 * 16,
+        "b": 2 * 2 * 7 * 10 * 16,
+    }
 
 
 def test_stacked_experts():
@@ -312,6 +338,31 @@ def test_notes_are_the_graphs(report):
     fast = torch.compile(nn.Linear(32, 32), backend="qcompile", options={"ignore": ["nothing_like_this"], **EAGER})
     with pytest.warns(qcompile.QcompileWarning):
         assert "graph 0: rule 'nothing_like_this' matched nothing" in qcompile.explain(fast, torch.randn(2, 32)).notes
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_rule_that_another_graph_matches_is_no_note(regional):
+    class Layer(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(super().forward(x))
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(32, 32) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[0](x)
+            torch._dynamo.graph_break()
+            return self.layers[1](x)
+
+    model, options = Broken(), {"ignore": ["layers.1"], **EAGER}
+    if regional:
+        for layer in model.layers:
+            layer.compile(backend="qcompile", options=options)
+    fast = model if regional else torch.compile(model, backend="qcompile", options=options)
+    report = qcompile.explain(fast, torch.randn(2, 32))
+    assert [row.name for row in report.kept] == ["layers.1"] and report.notes == () and not any(row.notes for row in report.graphs)
 
 
 # --- what calibration found ----------------------------------------------------------------------------------------------

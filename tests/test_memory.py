@@ -8,7 +8,8 @@ import io
 
 import pytest
 import torch
-from small import W8, Net, Stack, Tied, close, graphs, rounded
+import torch.nn.functional as F
+from small import W8, Net, Stack, Tied, close, graphs, rounded, said
 from tiny_models import tiny
 from torch import nn
 
@@ -198,12 +199,46 @@ def test_eager_use_is_nan(released, x):
     assert "nan" in repr(model.up.weight)
 
 
+@pytest.mark.parametrize("how", ["release_weights", "option"])
+def test_recompile_limit_is_told_before_it_is_hit(how):
+    """Beyond it Dynamo runs eagerly, on NaN, and asks nobody."""
+    model = Net()
+    fast = torch.compile(model, backend="qcompile", options=W8 | {"release": how == "option"}, dynamic=False)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=3), said() as texts:
+        for m in range(2, 4):
+            fast(torch.randn(m, 32))
+        if how == "release_weights":
+            qcompile.release_weights(model)
+        assert fast(torch.randn(4, 32)).isfinite().all()
+    (text,) = texts
+    assert "recompile limit (3) is reached for Net.forward" in text and "released weights, which are NaN" in text
+
+
 def test_writing_is_an_error(released, x):
     model, fast, truth = released
     with torch.no_grad(), pytest.raises(RuntimeError):
         model.up.weight.mul_(2)
     with torch.no_grad():
         assert close(fast(x), truth)
+
+
+@pytest.mark.parametrize("write", ["fill_", "zero_"])
+def test_a_write_that_torch_lets_through_is_an_error(released, x, write):
+    model, fast, _ = released
+    with torch.no_grad(), pytest.raises(WeightError, match=r"up was released, and written to since.*p\.data = t"):
+        getattr(model.up.weight, write)(*([2] if write == "fill_" else []))
+        fast(x)
+    fresh = Net()
+    model.load_state_dict(fresh.state_dict())
+    with torch.no_grad():
+        assert close(fast(x), rounded(fresh)(x))
+
+
+def test_share_memory(released, x):
+    model, fast, truth = released
+    model.share_memory()
+    with torch.no_grad():
+        assert close(fast(x), truth) and is_released(model.up.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -300,6 +335,28 @@ def test_embedding_in_another_graph_is_kept():
         assert torch.isfinite(y).all() and torch.equal(fast(ids), y)
 
 
+@pytest.mark.parametrize("head", [None, "int8.row"])
+def test_embedding_outside_every_graph_is_kept(head):
+    """Its head is one, although the graph has no embedding, and its weight stays."""
+
+    class Outside(Tied):
+        @torch.compiler.disable
+        def look_up(self, ids):
+            return self.table(ids)
+
+        def forward(self, ids):
+            return self.head(self.body(self.look_up(ids)))
+
+    model, ids = Outside(), torch.randint(64, (2, 7))
+    fast = compiled(model, head=head, release=True)
+    with torch.no_grad(), graphs() as seen:
+        y = fast(ids)
+        assert torch.isfinite(y).all() and torch.equal(fast(ids), y)
+        assert qcompile.release_weights(model) == 0 and not is_released(model.table.weight) and is_released(model.body.up.weight)
+    (role,) = [site.role for graph, _ in seen[:1] for site in graph.sites.values() if "body" not in site.name]
+    assert role == "head"
+
+
 def test_one_layer_of_a_model(x):
     model = Stack(2)
     fast = compiled(model)
@@ -308,6 +365,49 @@ def test_one_layer_of_a_model(x):
         freed = qcompile.release_weights(model.layers[0])
         assert freed == 2 * 48 * 32 * 4 and not is_released(model.layers[1].up.weight)
         assert torch.equal(fast(x), y)
+
+
+class Stacked(nn.Module):
+    """Matrices of one parameter, each used by itself, in both directions."""
+
+    def __init__(self, used: int = 3) -> None:
+        super().__init__()
+        self.w, self.used = nn.Parameter(torch.randn(3, 32, 32)), used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(self.used):
+            x = F.linear(x, self.w[i]) if i % 2 else x @ self.w[i - 3]
+        return x
+
+
+@pytest.mark.parametrize("how", ["release_weights", "option"])
+def test_stacked_matrices(how, x):
+    model = Stacked()
+    fast = compiled(model, release=how == "option")
+    with torch.no_grad():
+        y = fast(x)
+        if how == "release_weights":
+            assert qcompile.release_weights(model) == model.w.nbytes
+        assert is_released(model.w) and torch.equal(fast(x), y)
+        twin = Stacked()
+        twin.load_state_dict(model.state_dict())
+        assert close(twin(x), y)
+        model.load_state_dict(twin.state_dict())
+        assert not is_released(model.w) and close(fast(x), y, 0.02)
+
+
+@pytest.mark.parametrize("how", ["release_weights", "option"])
+def test_stacked_matrices_that_are_not_all_packed_are_held(how, x):
+    model = Stacked(used=2)
+    fast = compiled(model, release=how == "option")
+    with torch.no_grad():
+        y = fast(x)
+        assert how == "option" or qcompile.release_weights(model) == 0
+        assert not is_released(model.w) and torch.equal(fast(x), y)
+    report = qcompile.explain(fast, x)
+    (note,) = [note for note in report.notes if "not released" in note]
+    assert note == "the 16-bit weight w (12288 bytes) was not released: 2 of its 3 stacked matrices are packed; the others would be lost"
+    assert report.totals.resident_bytes >= model.w.nbytes
 
 
 def test_two_recipes_then_release(x):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from tiny_models import TINY, tiny
+from torch import nn
 
 from qcompile.backend import CompiledGraph, collecting
 from qcompile.core.errors import QcompileWarning
@@ -24,6 +25,8 @@ REQUIRED = {
 }  # fmt: skip
 FACTOR = 3.0
 """Activations are rounded beside the weights, with about the same number of bits: their error may add up to twice that of the weights."""
+TABLES = ("cls_token", "position_embeddings", "position_embedding", "class_embedding")
+"""Parameters that are added to activations, outside any nn.Embedding."""
 ROUTED = 2.0
 """Times more where routers choose experts: a token between two of them may go to the other one, which no rounding error bounds."""
 
@@ -77,7 +80,7 @@ def check(model, inputs, recipe, options):
             y = main_output(fast(**inputs))
         assert len(graphs) == 1
         graph, args = graphs[0]
-        assert coverage(graph) >= 0.95
+        assert coverage(model, graph, args) >= 0.95
         rounded = main_output(with_rounded_weights(model, graph, args)(**inputs))
     assert y.shape == truth.shape and y.dtype == truth.dtype and torch.isfinite(y).all()
     cost = distance(rounded, truth)
@@ -98,11 +101,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def coverage(graph: CompiledGraph) -> float:
-    """Quantized bytes over the bytes of all linears and experts; heads and routers are not counted."""
-    sites = [s for s in graph.sites.values() if s.role not in ("head", "router")]
-    missed = sum(left.nbytes for left in graph.planned.meta["skipped"] if "convolution" not in left.reason)
-    return sum(s.nbytes for s in sites if s.name in graph.kernels) / (sum(s.nbytes for s in sites) + missed)
+def coverage(model, graph: CompiledGraph, args) -> float:
+    """Quantized bytes over the bytes of all matrices of the model, whether the graph found them or not; tables, convolutions, heads, routers, and biases of experts are not counted."""
+    apart = {id(args[s.param.index]) for s in graph.sites.values() if s.role in ("head", "router")}
+    tables = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    apart |= {id(p) for m in model.modules() if isinstance(m, tables) for p in m.parameters(recurse=False)}
+    counted = {id(p): p.nbytes for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in apart and not name.endswith((*TABLES, "_bias"))}
+    quantized = {id(args[graph.sites[name].param.index]) for name in graph.kernels}
+    return sum(size for p, size in counted.items() if p in quantized) / sum(counted.values())
 
 
 def with_rounded_weights(model, graph, args):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small import W8, Net, close, graphs, rounded, said
+from torch import nn
 
 from qcompile import OptionError, Recipe, Rule
 from qcompile.options import HELP, LATER, Options
@@ -138,3 +139,20 @@ def test_ignore_that_matches_nothing_is_said_once():
         fast(torch.ones(2, 32))
     assert len(texts) == 1 and "matched no linear: 'no.such.layer'" in texts[0] and "down, up" in texts[0]
     assert "rule 'no.such.layer' matched nothing" in seen[0][0].notes
+
+
+@pytest.mark.parametrize("pattern", ["table", "Embedding", "norm", "LayerNorm"])
+def test_ignore_that_names_no_linear_is_said(pattern):
+    """An embedding and a norm of the model are no linears."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.norm, self.fc = nn.Embedding(40, 32), nn.LayerNorm([3, 32]), nn.Linear(32, 32)
+
+        def forward(self, ids):
+            return self.fc(self.norm(self.table(ids)))
+
+    with said() as texts, torch.no_grad():
+        torch.compile(Model(), backend="qcompile", options=W8 | {"ignore": [pattern]})(torch.zeros(2, 3, dtype=torch.long))
+    assert len(texts) == 1 and f"matched no linear: {pattern!r}" in texts[0]

@@ -256,3 +256,26 @@ def test_no_linear():
     x = torch.randn(5, 32)
     for lower in ("eager", "inductor"):
         assert torch.equal(compiled(Plain(), lower=lower)(x), torch.relu(x) + 1)
+
+
+class Pointwise(nn.Module):
+    """A convolution with a kernel of one, and a view that only its own memory format allows."""
+
+    def __init__(self, axes: int, last: bool) -> None:
+        super().__init__()
+        self.last, self.conv = last, {1: nn.Conv1d, 2: nn.Conv2d}[axes](32, 48, 1, padding="same")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return (y.permute(0, 2, 3, 1) if self.last else y).view(y.shape[0], -1)
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize(("shape", "last"), [((2, 32, 5), False), ((2, 32, 3, 5), False), ((2, 32, 3, 5), True)])
+def test_memory_format_of_convolutions(shape, last, lower):
+    model, x = Pointwise(len(shape) - 2, last), torch.randn(shape)
+    if last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    with torch.no_grad(), graphs() as seen:
+        assert close(compiled(model, recipe="W8A16", lower=lower)(x), model(x), 0.02)
+    assert len(seen[0][0].kernels) == 1

@@ -12,6 +12,7 @@ from small import W8, Net, Tied, close, graphs, rounded
 from torch import nn
 
 import qcompile
+from qcompile import memory
 from qcompile.weights import TABLE
 
 
@@ -169,6 +170,55 @@ def test_inference_parameters(x):
         model.up.weight.mul_(2)
         qcompile.refresh(model)
         assert close(fast(x), rounded(model)(x))
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "data", "release, load", "option release, load"])
+def test_inference_mode_first(change, lower, x):
+    """What the first call packed in inference mode is written to by a later one under no_grad."""
+    model = Net()
+    fast = compiled(model, lower=lower, release="option" in change)
+    with torch.inference_mode():
+        fast(x)
+    if change.startswith("release"):
+        qcompile.release_weights(model)
+    CHANGES["load_state_dict" if "load" in change else change](model)
+    with torch.no_grad():
+        assert close(fast(x), rounded(model)(x), 1e-5 if lower == "eager" else 1e-2)
+
+
+def test_calibrated_in_inference_mode_first(x):
+    class Counting(Net):
+        """Writes to its input and to a buffer."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("total", torch.zeros(32))
+
+        def forward(self, x):
+            self.total.add_(x.add_(1).mean(0))
+            return super().forward(x)
+
+    model = Counting()
+    fast = compiled(model, recipe="W8A8_SMOOTHQUANT_STATIC")
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            fast(x.clone())
+            with qcompile.calibrate(fast) as run:
+                fast(x.clone())
+            run.calibration.statistics()
+            assert close(fast(x.clone()), model(x.clone()), 0.1)
+            assert qcompile.explain(fast, x.clone()).totals.coverage == 1
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_released_inference_parameters(mode, x):
+    with torch.inference_mode():
+        model = Net()
+        truth = rounded(model)(x)
+        fast = compiled(model, release=True)
+    with mode():
+        assert close(fast(x), truth) and memory.is_released(model.up.weight)
 
 
 def test_nothing_leaks(x):

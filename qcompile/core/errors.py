@@ -28,7 +28,7 @@ class PassError(QcompileError, RuntimeError):
 
 
 class StrictError(QcompileError, RuntimeError):
-    """Under ``strict`` something would have been skipped, emulated or replaced."""
+    """Under ``strict``: a linear without a kernel, no C++ compiler, or a collapse that the accuracy gate finds."""
 
 
 class QcompileWarning(UserWarning):

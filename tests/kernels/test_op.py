@@ -15,7 +15,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import OPS
-from qcompile.kernels.op import NAMESPACE, Case, Kernel, decompositions, target
+from qcompile.kernels.op import NAMESPACE, Case, Kernel, _lower, decompositions, target
 
 Args = tuple[Any, ...]
 
@@ -234,6 +234,31 @@ def test_decompose_keeps_an_op_that_has_a_kernel_and_traces_one_that_has_none():
     no = Kernel("no", "cpu", lambda case: Skip("no"), lambda *args: None)
     assert dataclasses.replace(OPS["linear"], kernels=(yes,)).decompose(*args) is NotImplemented
     close(dataclasses.replace(OPS["linear"], kernels=(no,)).decompose(*args), OPS["linear"].reference(*args))
+
+
+def test_an_op_that_cannot_be_traced_is_kept_for_its_fallback():
+    args = (torch.randn(4, 96), weight("int4.g32", 24, 96), "int4.g32")
+    no = Kernel("no", "cpu", lambda case: Skip("no"), lambda *args: None)
+    op = dataclasses.replace(OPS["linear"], kernels=(no,), fallback=lambda case, *args: "called")
+    assert op.decompose(*args) is NotImplemented and _lower(op, *args) == "called"
+
+
+OLD = (8, 0)
+"""Compute capability of an A100, which has no FP8."""
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize(("w", "x"), [("e4m3.row", None), ("e4m3.row", "e4m3.row"), ("e4m3.b128x128", "e4m3.g128"), ("int8.row", "e4m3.row")])
+def test_an_old_gpu_has_no_kernel_for_fp8(w, x, experts):
+    given = Scheme.parse(x) if x else None
+    op = OPS["grouped_linear" if experts > 1 else "scaled_linear" if x else "linear"]
+    for capability in (OLD, (9, 0)):
+        dtype = given.fmt.dtype if given is not None else torch.bfloat16
+        kernel, reason = op.choose(Case(torch.device("cuda"), dtype, Scheme.parse(w), given, 128, 256, 32, experts, capability))
+        if capability == OLD:
+            assert kernel is None and reason is not None
+        elif not w.startswith("int8"):
+            assert kernel is not None
 
 
 @each_linear

@@ -129,6 +129,45 @@ down: experts (4, 32, 48) view='' m=24 kin=[]""",
     )
 
 
+CHOICES = {
+    "max, gather": lambda y: y.gather(-1, y.max(dim=-1, keepdim=True)[1]),
+    "max, scatter": lambda y: torch.scatter(y, -1, torch.max(y.softmax(-1), -1, True).indices, 0.0),
+    "argmax, one_hot": lambda y: F.one_hot(torch.argmax(y.softmax(-1), dim=-1), 16) * y,
+    "topk": lambda y: y.topk(2).indices,
+    "pooled": lambda y: y.max(dim=0)[0],
+    "greatest value": lambda y: y.max(dim=-1)[0],
+    "label": lambda y: y.argmax(-1),
+}
+
+
+def test_a_router_is_what_chooses():
+    class Choosing(nn.Module):
+        def __init__(self, choose):
+            super().__init__()
+            self.choose, self.fc = choose, nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.choose(self.fc(x))
+
+    roles = {name: through(FOUND, Choosing(choose), torch.randn(6, 32)).meta["sites"]["fc"].role for name, choose in CHOICES.items()}
+    assert [name for name, role in roles.items() if role == "router"] == list(CHOICES)[:4]
+
+
+def test_a_projection_of_parameters_alone_is_a_site_and_nothing_else():
+    """As DeBERTa's positions: what multiplies them is a product of activations."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.proj, self.query = nn.Embedding(10, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return torch.matmul(self.query(x), self.proj(self.table.weight).transpose(0, 1)), torch.bmm(x[None], self.proj(self.table.weight)[None].mT)
+
+    gm = through(FOUND, Positions(), torch.randn(6, 32))
+    assert list(gm.meta["sites"]) == ["query", "proj", "proj@2"] and gm.meta["skipped"] == []
+
+
 class Stacked(nn.Module):
     def __init__(self):
         super().__init__()

@@ -172,7 +172,8 @@ transpose = l_x_.transpose(1, 2)
 movedim = transpose.movedim(1, -1)
 linear_default_2 = qcompile.linear(movedim, [conv.weight.codes, conv.weight.scale], 'int8.row')  # conv: int8.row
 linear_3 = add(linear_default_2, %conv.bias)
-conv1d = linear_3.movedim(-1, 1)
+movedim_1 = linear_3.movedim(-1, 1)
+conv1d = movedim_1.contiguous()
 return (addmm, linear, conv1d)""",
     )
 

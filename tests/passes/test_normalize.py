@@ -9,8 +9,10 @@ from captured import captured, outputs, refusals, texts, through
 from expecttest import assert_expected_inline
 from torch import nn
 
+import qcompile
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
+from qcompile.passes.normalize import PRODUCTS
 
 
 class Weight(nn.Module):
@@ -38,6 +40,11 @@ SPELLINGS = {
     "matmul of K x N": (lambda x, w, b: x.reshape(2, 2, 64) @ w, (64, 32)),
     "mm": (lambda x, w, b: torch.mm(x, w), (64, 32)),
     "method mm": (lambda x, w, b: x.mm(w.t()) + b, (32, 64)),
+    "inner": (lambda x, w, b: torch.inner(x, w), (32, 64)),
+    "linalg.matmul": (lambda x, w, b: torch.linalg.matmul(x, w.t()), (32, 64)),
+    "aten.linear": (lambda x, w, b: torch.ops.aten.linear(x, w, b) + torch.ops.aten.linear.default(x, w), (32, 64)),
+    "aten.mm": (lambda x, w, b: torch.ops.aten.mm(x, w), (64, 32)),
+    "reflected": (lambda x, w, b: w.__rmatmul__(x), (64, 32)),
     "one of stacked": (lambda x, w, b: x @ w[1] + x @ w[2].T.T, (3, 64, 32)),
 }
 
@@ -47,7 +54,7 @@ def test_spellings_become_linear_and_keep_their_value(name):
     fn, shape = SPELLINGS[name]
     gm, args = captured(Weight(fn, *shape), X)
     after = run([PASSES["normalize"]], gm)
-    products = [n for n in after.graph.nodes if n.op != "placeholder" and n.target in (F.linear, torch.addmm, torch.matmul, torch.mm, "mm", "matmul")]
+    products = [n for n in after.graph.nodes if n.op != "placeholder" and n.target in PRODUCTS]
     assert products and {n.target for n in products} == {F.linear}
     assert refusals(after) == []
     for a, b in zip(outputs(gm, args), outputs(after, args), strict=True):
@@ -94,12 +101,14 @@ inputs: l_x_: float32[2, 64, 5]
 movedim = l_x_.movedim(1, -1)
 flatten = %one.weight.flatten(1)
 linear = linear(movedim, flatten, %one.bias)
-conv1d = linear.movedim(-1, 1)
+movedim_1 = linear.movedim(-1, 1)
+conv1d = movedim_1.contiguous()
 unsqueeze = conv1d.unsqueeze(-1)
 movedim_2 = unsqueeze.movedim(1, -1)
 flatten_1 = %two.weight.flatten(1)
 linear_1 = linear(movedim_2, flatten_1, None)
-conv2d = linear_1.movedim(-1, 1)
+movedim_3 = linear_1.movedim(-1, 1)
+conv2d = movedim_3.contiguous()
 return (conv2d,)""",
     )
 
@@ -148,6 +157,71 @@ wide.weight (64, 64, 3): a convolution with a kernel of 3
 strided.weight (64, 64, 1): a convolution with stride, padding, dilation or groups
 grouped.weight (64, 32, 1): a convolution with stride, padding, dilation or groups""",
     )
+
+
+UNKNOWN = {
+    "tensordot": lambda x, w, b: torch.tensordot(x, w, ([1], [1])),
+    "mv": lambda x, w, b: torch.mv(w, x[0]),
+    "multi_dot": lambda x, w, b: torch.linalg.multi_dot([x, w.t(), w]),
+    "chain_matmul": lambda x, w, b: torch.chain_matmul(x, w.t(), w),
+    "gru cell": lambda x, w, b: torch.gru_cell(x, x[:, :32], w.repeat(3, 1), w.repeat(3, 1)[:, :32]),
+    "cdist": lambda x, w, b: torch.cdist(x, w),
+}
+
+
+def test_what_reads_a_matrix_is_listed():
+    """Also by an operation that nobody has thought of; one that is known to be harmless is not."""
+    lines = [f"{name}: {'; '.join(refusals(through(('normalize',), Weight(fn), X))) or 'none'}" for name, fn in UNKNOWN.items()]
+    assert_expected_inline("\n".join(lines), """\
+tensordot: w (32, 64): tensordot is no linear layer
+mv: w (32, 64): mv is no linear layer
+multi_dot: w (32, 64): linalg_multi_dot is no linear layer
+chain_matmul: w (32, 64): chain_matmul is no linear layer
+gru cell: w (32, 64): gru_cell is no linear layer
+cdist: w (32, 64): cdist is no linear layer""")
+    harmless = [lambda x, w, b: x + w[:4].float().abs(), lambda x, w, b: F.embedding(x[0].long().clamp(0, 31), w), lambda x, w, b: x.__radd__(w[:4]).add_(w[0])]
+    torch._dynamo.reset()
+    assert [refusals(through(("normalize",), Weight(fn), X)) for fn in harmless] == [[]] * 3
+
+
+def test_a_buffer_is_listed():
+    class Buffer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("w", torch.randn(32, 64))
+            self.register_buffer("cache", torch.zeros(4, 64))
+
+        def forward(self, x):
+            self.cache.add_(x)
+            return F.linear(x, self.w) + x @ self.w.t(), x @ self.cache.t()
+
+    model = Buffer()
+    assert refusals(through(("normalize",), model, X)) == ["w (32, 64): a buffer, no parameter"] * 2
+    (first, second) = qcompile.explain(torch.compile(model, backend="qcompile", options={"lower": "eager"}), X).kept
+    assert first.name == second.name == "w" and first.flops == 2 * 4 * 32 * 64
+
+
+class Cells(nn.Module):
+    """Weights in torch's own layers, beside what has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(40, 32), nn.LayerNorm([5, 32])
+        self.gru, self.rnn, self.bilinear = nn.GRUCell(32, 32), nn.RNNCell(32, 32), nn.Bilinear(32, 32, 16)
+        self.encoder, self.conv = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True), nn.Conv3d(1, 2, 1)
+        self.down = nn.ConvTranspose1d(5, 5, 2)
+
+    def forward(self, ids):
+        x = self.encoder(self.norm(self.table(ids)))
+        y = self.rnn(self.gru(x[:, 0]))
+        return self.bilinear(y, y), self.conv(x[:, None, None]), self.down(x)
+
+
+def test_every_matrix_is_a_site_or_listed():
+    model = Cells().eval()
+    gm = through(("normalize", "find_sites"), model, torch.zeros(2, 5, dtype=torch.long))
+    found = {site.param.path for site in gm.meta["sites"].values()} | {left.path for left in gm.meta["skipped"]}
+    assert found == {name for name, p in model.named_parameters() if p.dim() >= 2 and not name.startswith(("table", "norm"))}
 
 
 def test_products_of_activations_are_left_alone():
