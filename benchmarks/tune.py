@@ -91,7 +91,7 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     c = case(job)
     dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
     split = job.tile[2] > 1
-    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split)
+    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0)
     sample = quantize(torch.ones(16, job.k), c.weight).flatten()
     shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
     types = {"X": TYPES[c.dtype]}

@@ -69,16 +69,19 @@ HEADER = """
 SPLIT_FOOTER = tiles.FOOTER.replace('("idx_m", "idx_n")', '("part_k", "idx_m", "idx_n")')
 
 
-def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool) -> tiles.Loop:
-    """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32."""
-    return _Text(x, w, n, k, dot, split).loop()
+def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False) -> tiles.Loop:
+    """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32.
+
+    ``whole``: every row of every tile is one of M. Rows that are not are masked: read from elsewhere, a single row of activations would be asked for sixteen times by every program.
+    """
+    return _Text(x, w, n, k, dot, split, whole).loop()
 
 
 class _Text:
     """The statements of one loop. A *piece* is what one dot takes: (columns, where they start in the step); pieces between two scales share a sum."""
 
-    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool) -> None:
-        self.x, self.w, self.n, self.k, self.dot, self.split = x, w, n, k, dot, split
+    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool) -> None:
+        self.x, self.w, self.n, self.k, self.dot, self.split, self.whole = x, w, n, k, dot, split, whole
         self.integer = dot == "tl.int8"
         self.out = "tl.int32" if self.integer else "tl.float32"
         self.packed = w.packing != "plain"
@@ -94,7 +97,8 @@ class _Text:
         step = [*self._weights(), *self._sums()]
         if self.by_group:
             step += self._fetch(f"k + {BLOCK}")
-        lines = [*self._range(), f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})"]
+        live = [] if self.whole else ["    live = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]"]
+        lines = [*self._range(), *live, f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})"]
         lines.append(f"    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype={'tl.float32' if self.by_group else self.out})")
         if self.by_group:
             lines.append(tiles.block("\n".join(self._fetch("start")), 1))
@@ -121,12 +125,11 @@ class _Text:
             lines += [f"code = tl.load(W + rn[:, None] * stride_wn + (k // {BLOCK} * {SUB} + column)[None, :])", self.decoder.call("code", "w0", "w1")]
         for i, (columns, at) in enumerate(self._pieces()):
             index = f"k + {at} + {'column' if columns == SUB else 'wide'}"
-            mask = "" if self.even else f", mask=({index} < K)[None, :], other={0 if self.integer else 0.0}"
-            lines.append(f"x{i} = tl.load(X + rm[:, None] * stride_xm + ({index})[None, :]{mask})")
+            inside = [] if self.even else [f"({index} < K)[None, :]"]
+            lines.append(f"x{i} = tl.load(X + rm[:, None] * stride_xm + ({index})[None, :]{_mask([*([] if self.whole else ['live']), *inside], self.integer)})")
             if not self.packed:
                 name = f"code{i}" if self.decoder else f"w{i}"
-                zero = "" if self.even else f", mask=({index} < K)[None, :], other={0 if self.w.fmt.kind == 'int' else 0.0}"
-                lines.append(f"{name} = tl.load(W + rn[:, None] * stride_wn + ({index})[None, :]{zero})")
+                lines.append(f"{name} = tl.load(W + rn[:, None] * stride_wn + ({index})[None, :]{_mask(inside, self.w.fmt.kind == 'int')})")
                 if self.decoder:
                     lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}"))
                 elif not self.integer and self.x is None:
@@ -181,6 +184,11 @@ class _Text:
         return lines
 
 
+def _mask(conditions: Sequence[str], integer: bool) -> str:
+    """Arguments of a load that is zero where a condition does not hold."""
+    return f", mask={' & '.join(conditions)}, other={0 if integer else 0.0}" if conditions else ""
+
+
 def grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
     """Programs of one tile's parts are neighbours."""
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]) * meta["SPLIT"], 1, 1)
@@ -194,9 +202,11 @@ def split_grid(s: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tu
 def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config: dict[str, int]) -> Any:
     """Inductor's node: (M, N) float32. ``inputs`` begin with x."""
     split = config["SPLIT"] > 1
-    name = tiles.template_name(op, "stream", "split" if split else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
-    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split).kernel(HEADER, SPLIT_FOOTER if split else tiles.FOOTER)  # noqa: E731
     m = compat.sizes(inputs[0])[0]
+    rows = compat.static_int(m)
+    whole = rows is not None and rows % config["BLOCK_M"] == 0
+    name = tiles.template_name(op, "stream", "split" if split else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole).kernel(HEADER, SPLIT_FOOTER if split else tiles.FOOTER)  # noqa: E731
     if not split:
         return compat.lower_template(name, source, inputs, (m, c.n), [config], grid)
     return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))

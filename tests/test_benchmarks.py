@@ -45,3 +45,23 @@ def test_committed_results_have_no_paths():
     text = path.read_text()
     assert set(json.loads(text)) >= MACHINE | {"linear", "overhead", "compile"}
     assert not any(part in text for part in ("/work", "/home", "/tmp", "/root"))
+
+
+def test_the_readmes_gpu_section_is_made_from_the_results():
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_tables.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- gpu -->\n{done.stdout.strip()}\n<!-- /gpu -->" in readme
+
+
+def test_the_table_of_tiles_is_the_best_of_what_was_measured():
+    """`kernels/tuned.json` has, for each arithmetic and size, the fastest tile of `results/h100/tune.jsonl`."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "h100" / "tune.jsonl").read_text().splitlines()]
+    best = {}
+    for row in rows:
+        key = (row["recipe"], row["m"], row["n"], row["k"])
+        best[key] = min(row["us"], best.get(key, row["us"]))
+    table = json.loads((ROOT / "kernels" / "tuned.json").read_text())["rows"]
+    assert sorted(best.values()) == sorted(row["us"] for row in table)
+    tiles = {(row["m"], row["n"], row["k"], *row["tile"], row["us"]) for row in rows}
+    assert all((*row["size"], *row["tile"], row["us"]) in tiles for row in table)

@@ -73,3 +73,15 @@ def test_a_warm_process_hits(cold):
 def test_ours_first_then_plain(tmp_path):
     ours, plain = run(tmp_path, "W8A8", "plain")
     assert ours["hits"] == plain["hits"] == 0 and in_bounds(ours) and in_bounds(plain)
+
+
+def test_the_table_of_tiles_is_in_the_key(monkeypatch):
+    """Kernels of another table of tiles never come out of Inductor's caches."""
+    import pathlib
+
+    from qcompile import backend
+
+    before = backend.sources.__wrapped__()
+    read = pathlib.Path.read_bytes
+    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda self: read(self) + b" " * (self.name == "tuned.json"))
+    assert backend.sources.__wrapped__() != before

@@ -268,3 +268,19 @@ def test_case_reads_the_arguments(name, make):
     assert (case.n, case.k, case.device, case.dtype) == (w[0].shape[-2], args[0].shape[-1], torch.device("cpu"), args[0].dtype)
     assert case.m == args[0].shape[0] and case.experts == (w[0].shape[0] if w[0].dim() == 3 else 1)
     assert (case.input is not None) == ("@" in next(a for a in args if isinstance(a, str)))
+
+
+def test_a_dynamic_number_of_rows_is_one_of_three_regimes() -> None:
+    """On a GPU a symbolic size is asked for its regime, which guards it; a static one is itself, and on a CPU nothing is asked."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    from qcompile.kernels.op import rows_of
+
+    for value, regime in ((2, 64), (64, 64), (65, 256), (256, 256), (257, 4096), (4096, 4096)):
+        env = ShapeEnv()
+        symbol = env.create_symbol(value, torch._dynamo.source.LocalSource("m"), dynamic_dim=DimDynamic.DYNAMIC)
+        size = env.create_symintnode(symbol, hint=value)
+        assert rows_of(size, torch.device("cpu")) is None and not env.guards
+        assert rows_of(size, torch.device("cuda")) == regime
+        assert env.guards
+    assert rows_of(17, torch.device("cuda")) == rows_of(17, torch.device("cpu")) == 17

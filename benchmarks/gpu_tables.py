@@ -1,0 +1,110 @@
+"""The README's section on GPU speed and its picture, made from what the benchmarks left: `python benchmarks/gpu_tables.py [--write]`.
+
+`results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cases import GPU_CASES, GPU_SHAPES, ROWS, SHAPE, GpuCase
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).resolve().parents[1] / "README.md"
+CARD = "h100"
+
+
+def tuned(card: str = CARD) -> dict[tuple[str, int, int, int], float]:
+    """(recipe, M, N, K) -> microseconds of the best tile."""
+    best: dict[tuple[str, int, int, int], float] = {}
+    for line in (RESULTS / card / "tune.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        key = (row["recipe"], row["m"], row["n"], row["k"])
+        best[key] = min(row["us"], best.get(key, float("inf")))
+    return best
+
+
+def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> float:
+    """Microseconds to read the weight once, or to multiply, at the card's measured rates; 8-bit products count as twice the rate of bfloat16."""
+    twice = 2 if case.recipe in ("W4A8", "W8A8", "FP8") else 1
+    return max(n * k * case.bits / 8 / machine["copy_tb_s"] / 1e6, 2 * m * n * k / machine["bf16_tflop_s"] / 1e6 / twice)
+
+
+def tables(card: str = CARD) -> str:
+    """Markdown."""
+    best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
+    machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in report["linear"]}
+    lines = [
+        f"{machine['gpu']}, torch {machine['torch']}; a copy there moves {machine['copy_tb_s']} TB/s (read and written), a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. "
+        "Random weights, six in rotation so that L2 does not help, launches in a CUDA graph, every output checked first. Microseconds of the product alone, 4096 -> 14336,",
+        "by rows of activations; in brackets the best of other libraries on an H200, whose memory is 1.4 times as fast, with quantization of the input included:",
+        "",
+        "| recipe | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
+        "| --- |" + " --- |" * len(ROWS),
+    ]
+    for case in GPU_CASES:
+        cells = []
+        for m in ROWS:
+            us, whole = best.get((case.recipe, m, *SHAPE)), linears.get((case.recipe, m))
+            library = m > 256 and whole is not None
+            us = whole["us"] if library and whole is not None else us
+            cells.append("" if us is None else f"{us:.1f}{'*' if library else ''} ({dict(case.peer)[m]:g})")
+        lines.append(f"| {case.recipe} | " + " | ".join(cells) + " |")
+    lines += ["", "\\* the whole compiled linear: dequantized once, or quantized, and multiplied by cuBLAS. Other linears of an 8B model, alone:", ""]
+    lines += ["| recipe | N x K | M = 1 | M = 16 | M = 64 |", "| --- | --- | --- | --- | --- |"]
+    for case in GPU_CASES:
+        for n, k in GPU_SHAPES:
+            cells = [best.get((case.recipe, m, n, k)) for m in (1, 16, 64)]
+            if any(cells):
+                lines.append(f"| {case.recipe} | {n} x {k} | " + " | ".join("" if us is None else f"{us:.1f}" for us in cells) + " |")
+    lines += ["", "The whole compiled linear at one row, quantization of the input included, and bfloat16 by cuBLAS in the same run:", ""]
+    lines += ["| recipe | N x K | us | bfloat16 | times as fast | reads at |", "| --- | --- | --- | --- | --- | --- |"]
+    bits = {case.recipe: case.bits for case in GPU_CASES}
+    for row in [*report["linear"], *report["shapes"]]:
+        if row["m"] == 1:
+            rate = row["n"] * row["k"] * bits[row["recipe"]] / 8 / row["us"] / 1e6
+            lines.append(f"| {row['recipe']} | {row['n']} x {row['k']} | {row['us']:.1f} | {row['bf16_us']:.1f} | {row['bf16_us'] / row['us']:.2f} | {rate:.2f} TB/s |")
+    return "\n".join(lines)
+
+
+def picture(path: Path, card: str = CARD) -> None:
+    """Microseconds against rows for each recipe, with the floor and the best of others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best, machine = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())["machine"]
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, sharey=True)
+    for axis, case in zip(axes.flat, GPU_CASES):
+        mine = [(m, us) for m in ROWS if (us := best.get((case.recipe, m, *SHAPE))) is not None]
+        axis.plot(*zip(*mine), "o-", label="qcompile, the product alone")
+        axis.plot(*zip(*case.peer), "s:", color="gray", label="best of others, on an H200")
+        axis.plot(ROWS, [floor(case, m, *SHAPE, machine) for m in ROWS], "k--", linewidth=0.8, label="floor: copy bandwidth, library's rate")
+        axis.set(title=case.recipe, xscale="log", yscale="log")
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("rows of activations")
+    figure.supylabel("microseconds, 4096 -> 14336")
+    figure.suptitle(f"{machine['gpu']}, torch {machine['torch']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into the README and draw the picture")
+    given = parser.parse_args()
+    text = tables()
+    print(text)
+    if given.write:
+        README.write_text(re.sub(r"<!-- gpu -->\n.*?<!-- /gpu -->", lambda _: f"<!-- gpu -->\n{text}\n<!-- /gpu -->", README.read_text(), flags=re.S))
+        picture(RESULTS / CARD / "linear.png")
+
+
+if __name__ == "__main__":
+    main()
