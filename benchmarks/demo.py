@@ -1,7 +1,7 @@
 """The shipped language model in fp32 and quantized by qcompile: size, perplexity, speed, text. `python benchmarks/demo.py` (or `make demo`).
 
 Everything is measured in this one run: the same windows of `heldout.txt` for all, and greedy decoding against *compiled* fp32, the candidates taking turns, medians shown.
-Exits with 1 where a quantized model's perplexity is out of bounds. Writes out/demo.html (the tables and the picture) and out/demo.png.
+Exits with 1 where a quantized model's perplexity is out of bounds. Writes out/demo.html (the tables and the picture), out/demo.png and out/demo.json.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import json
 import math
 import os
 import shutil
@@ -210,6 +211,12 @@ def save(results: Sequence[Result], folder: Path, caption: str) -> Path:
     return path
 
 
+def record(results: Sequence[Result], seconds: float) -> dict[str, object]:
+    """What the README's table says, as it goes into a file."""
+    rows = [{"name": r.name, "linears_mb": r.linears / 1e6, "bits": r.bits, "perplexity": r.perplexity, "times_fp32": r.rate / results[0].rate} for r in results]
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": round(seconds, 1), "rows": rows}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--windows", type=int, default=8, help=f"windows of {CONTEXT} tokens to read, of 33")
@@ -239,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table(results))
     console.print(caption)
     console.print(f"picture: {save(results, given.out, caption)}   ({time.perf_counter() - began:.0f} s)")
+    (given.out / "demo.json").write_text(json.dumps(record(results, time.perf_counter() - began), indent=1) + "\n")
     problems = failures(results)
     for problem in problems:
         console.print(f"[bold red]{problem}[/]")

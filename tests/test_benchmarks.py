@@ -47,11 +47,12 @@ def test_committed_results_have_no_paths():
     assert not any(part in text for part in ("/work", "/home", "/tmp", "/root"))
 
 
-def test_the_readmes_gpu_section_is_made_from_the_results():
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_tables.py")], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("section", ["cpu", "gpu"])
+def test_the_readmes_numbers_are_made_from_the_results(section):
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme_tables.py"), section], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     readme = (ROOT / "README.md").read_text()
-    assert f"<!-- gpu -->\n{done.stdout.strip()}\n<!-- /gpu -->" in readme
+    assert f"<!-- {section} -->\n{done.stdout.strip()}\n<!-- /{section} -->" in readme
 
 
 def test_the_table_of_tiles_is_the_best_of_what_was_measured():

@@ -1,6 +1,6 @@
-"""The README's section on GPU speed and its picture, made from what the benchmarks left: `python benchmarks/gpu_tables.py [--write]`.
+"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu [--write]`.
 
-`results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
+`results/cpu/run.json` is of `run.py cpu`, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
 """
 
 from __future__ import annotations
@@ -35,8 +35,35 @@ def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> 
     return max(n * k * case.bits / 8 / machine["copy_tb_s"] / 1e6, 2 * m * n * k / machine["bf16_tflop_s"] / 1e6 / twice)
 
 
-def tables(card: str = CARD) -> str:
-    """Markdown."""
+def cpu() -> str:
+    """Markdown of the CPU's numbers."""
+    report, demo = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "demo.json"))
+    linear, rows = report["linear"], sorted({r["m"] for r in report["linear"]})
+    recipes = list(dict.fromkeys(r["recipe"] for r in linear))
+    found = {(r["recipe"], r["m"]): r["ratio"] for r in linear}
+    overhead, times = report["overhead"], report["compile"]
+    cold, warm = ([times[f"{recipe}_{when}"]["seconds"] for recipe in ("W8A8", "fp32")] for when in ("cold", "warm"))
+    isa = "AVX-512" if any(flag.startswith("avx512") for flag in report["flags"]) else "AVX2" if "avx2" in report["flags"] else "flags not listed"
+    lines = [
+        f"CPU ({report['cpu']}, {isa}, {report['threads']} threads, torch {report['versions']['torch']}), an `nn.Linear` of 2048 x 2048, times as fast as compiled fp32 in the same run:",
+        "",
+        "| M | " + " | ".join(recipes) + " |",
+        "| --- |" + " --- |" * len(recipes),
+        *(f"| {m} | " + " | ".join(f"{found[recipe, m]:.2f}" for recipe in recipes) + " |" for m in rows),
+        "",
+        f"A call of a {overhead['layers']}-layer model takes {overhead['ratio']:.3f} times plain Inductor's with every linear ignored; checking {overhead['parameters']} weights takes {overhead['check_ms'] * 1e3:.0f} us. "
+        f"The shipped model compiles under W8A8 in {times['cold_ratio']:.2f} times the CPU time of fp32 ({cold[0]:.1f} s against {cold[1]:.1f} s of wall time), and starts from warm caches in {warm[0]:.1f} s against {warm[1]:.1f} s. "
+        f"`make demo` ({demo['seconds']:.0f} s, {demo['threads']} threads):",
+        "",
+        "| | linears | bits/weight | perplexity | tokens/s against compiled fp32 |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {r['name']} | {r['linears_mb']:.1f} MB | {r['bits']:.2f} | {r['perplexity']:.3f} | {r['times_fp32']:.2f} |" for r in demo["rows"]),
+    ]
+    return "\n".join(lines)
+
+
+def gpu(card: str = CARD) -> str:
+    """Markdown of the GPU's numbers."""
     best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
     machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in report["linear"]}
     lines = [
@@ -95,15 +122,20 @@ def picture(path: Path, card: str = CARD) -> None:
     figure.savefig(path, dpi=90)
 
 
+SECTIONS = {"cpu": cpu, "gpu": gpu}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into the README and draw the picture")
+    parser.add_argument("section", choices=list(SECTIONS))
+    parser.add_argument("--write", action="store_true", help="put the section into the README, and draw its picture")
     given = parser.parse_args()
-    text = tables()
+    text = SECTIONS[given.section]()
     print(text)
     if given.write:
-        README.write_text(re.sub(r"<!-- gpu -->\n.*?<!-- /gpu -->", lambda _: f"<!-- gpu -->\n{text}\n<!-- /gpu -->", README.read_text(), flags=re.S))
-        picture(RESULTS / CARD / "linear.png")
+        README.write_text(re.sub(rf"<!-- {given.section} -->\n.*?<!-- /{given.section} -->", lambda _: f"<!-- {given.section} -->\n{text}\n<!-- /{given.section} -->", README.read_text(), flags=re.S))
+        if given.section == "gpu":
+            picture(RESULTS / CARD / "linear.png")
 
 
 if __name__ == "__main__":
