@@ -15,6 +15,9 @@ from .op import Case
 FIELDS = ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps", "num_stages")
 GROUP_M = 8
 """Rows of tiles that share columns of the weight in L2."""
+IDLE, LONG = 64, 4096
+"""So few programs leave half of the multiprocessors idle: then K, where it is this long, is taken in four parts."""
+
 Tile = tuple[int, int, int, int, int, int]
 
 
@@ -40,8 +43,11 @@ def rows() -> dict[str, dict[tuple[int, int, int], Tile]]:
 def config(c: Case) -> dict[str, int]:
     """The tile of a case, as a template takes it."""
     known = rows().get(arithmetic(c), {})
-    tile = _nearest(known, c.m, c.n, c.k) if known else guess(c.m, c.n)
-    return {**dict(zip(FIELDS, tile)), "GROUP_M": GROUP_M}
+    chosen = dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k) if known else guess(c.m, c.n)))
+    programs = -(-c.n // chosen["BLOCK_N"]) * (1 if c.m is None else -(-c.m // chosen["BLOCK_M"]))
+    if chosen["SPLIT"] == 1 and programs <= IDLE and c.k >= LONG:
+        chosen["SPLIT"] = 4
+    return {**chosen, "GROUP_M": GROUP_M}
 
 
 def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: int) -> Tile:

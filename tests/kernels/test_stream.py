@@ -71,3 +71,10 @@ def test_the_nearest_row_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned.config(case("int4.g128", m=1, n=12000))["BLOCK_N"] == 64
     assert tuned.config(case("int4.g128", m=1, n=4096, k=11008))["BLOCK_N"] == 32
     assert tuned.config(case("int4.g128", m=2))["BLOCK_N"] == tuned.config(case("int4.g128", m=None))["BLOCK_N"] == 128
+
+
+def test_few_programs_take_k_in_parts() -> None:
+    """The key projection of an 8B model alone: 32 programs would read 2 MB one after another."""
+    assert tuned.config(case("int4.g128", m=1, n=1024, k=4096))["SPLIT"] == 4
+    assert tuned.config(case("int4.g128", m=1, n=1024, k=1024))["SPLIT"] == 1
+    assert tuned.config(case("int4.g128", m=1, n=14336, k=4096))["SPLIT"] == 1
