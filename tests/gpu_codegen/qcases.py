@@ -156,9 +156,9 @@ def experts() -> Parts:
 
 def spilling() -> Generated:
     """A tile too large for its warps."""
-    from qcompile.kernels import linear
+    from qcompile.kernels import tuned
 
-    linear.blocks = lambda *_: {"BLOCK_M": 64, "BLOCK_N": 256, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
+    tuned.config = lambda c: {"BLOCK_M": 128, "BLOCK_N": 256, "SPLIT": 1, "UNROLL": 1, "num_warps": 4, "num_stages": 2, "GROUP_M": 8}
     ((generated, _),) = quantized(nn.Linear(128, 256).eval().to(torch.bfloat16), (bf16(128, 128),), {"spilling": {"recipe": "NF4"}}).values()
     return generated
 
