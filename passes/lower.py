@@ -26,7 +26,7 @@ from .sites import CASTS, Site, example, is_transpose
 from .slots import leader, slot_inputs, slot_of, slots_of
 
 
-@graph_pass(after=("match", "merge"))
+@graph_pass(after=("match",))
 def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip)."""
     builder = _Builder(gm, context)
@@ -55,7 +55,7 @@ class _Builder:
     def rewrite(self, node: fx.Node, site: Site, choice: Choice) -> None:
         """Replace one site's node."""
         graph = self.gm.graph
-        kin = self.gm.meta["merged"].get(site.name)
+        kin = self.gm.meta.get("merged", {}).get(site.name)
         weight = [] if kin else slot_inputs(self.gm, self.context, slot_of("weight", site, choice))
         self.kernels[site.name] = kernel_for(site, choice, example(node))
         product = experts.resolve(node)
