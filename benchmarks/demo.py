@@ -214,7 +214,9 @@ def save(results: Sequence[Result], folder: Path, caption: str) -> Path:
 def record(results: Sequence[Result], seconds: float) -> dict[str, object]:
     """What the README's table says, as it goes into a file."""
     rows = [{"name": r.name, "linears_mb": r.linears / 1e6, "bits": r.bits, "perplexity": r.perplexity, "times_fp32": r.rate / results[0].rate} for r in results]
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": round(seconds, 1), "rows": rows}
+    from run import machine
+
+    return {"cpu": machine()["cpu"], "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": round(seconds, 1), "rows": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

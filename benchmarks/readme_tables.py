@@ -1,6 +1,6 @@
 """The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu [--write]`.
 
-`results/cpu/run.json` is of `run.py cpu`, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
+`results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> 
 
 def cpu() -> str:
     """Markdown of the CPU's numbers."""
-    report, demo = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "demo.json"))
-    linear, rows = report["linear"], sorted({r["m"] for r in report["linear"]})
-    recipes = list(dict.fromkeys(r["recipe"] for r in linear))
-    found = {(r["recipe"], r["m"]): r["ratio"] for r in linear}
+    report, other, demo = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "run-xeon.json", "demo.json"))
+    recipes, rows = list(dict.fromkeys(r["recipe"] for r in report["linear"])), sorted({r["m"] for r in report["linear"]})
+    found = [{(r["recipe"], r["m"]): r["ratio"] for r in one["linear"]} for one in (report, other)]
     overhead, times = report["overhead"], report["compile"]
     cold, warm = ([times[f"{recipe}_{when}"]["seconds"] for recipe in ("W8A8", "fp32")] for when in ("cold", "warm"))
-    isa = "AVX-512" if any(flag.startswith("avx512") for flag in report["flags"]) else "AVX2" if "avx2" in report["flags"] else "flags not listed"
+    slow, quick = (next(r["fp32_ms"] for r in one["linear"] if r["m"] == 1) for one in (report, other))
     lines = [
-        f"CPU ({report['cpu']}, {isa}, {report['threads']} threads, torch {report['versions']['torch']}), an `nn.Linear` of 2048 x 2048, times as fast as compiled fp32 in the same run:",
+        f"An `nn.Linear` of 2048 x 2048, times as fast as compiled fp32 in the same run, {report['threads']} threads, torch {report['versions']['torch']}: {report['cpu']} / {other['cpu']} "
+        f"(where fp32 itself takes {quick:.1f} ms at one row, not {slow:.1f}):",
         "",
         "| M | " + " | ".join(recipes) + " |",
         "| --- |" + " --- |" * len(recipes),
-        *(f"| {m} | " + " | ".join(f"{found[recipe, m]:.2f}" for recipe in recipes) + " |" for m in rows),
+        *(f"| {m} | " + " | ".join(" / ".join(f"{one[recipe, m]:.2f}" for one in found) for recipe in recipes) + " |" for m in rows),
         "",
-        f"A call of a {overhead['layers']}-layer model takes {overhead['ratio']:.3f} times plain Inductor's with every linear ignored; checking {overhead['parameters']} weights takes {overhead['check_ms'] * 1e3:.0f} us. "
+        f"On the first of them, a call of a {overhead['layers']}-layer model takes {overhead['ratio']:.3f} times plain Inductor's with every linear ignored; checking {overhead['parameters']} weights takes {overhead['check_ms'] * 1e3:.0f} us. "
         f"The shipped model compiles under W8A8 in {times['cold_ratio']:.2f} times the CPU time of fp32 ({cold[0]:.1f} s against {cold[1]:.1f} s of wall time), and starts from warm caches in {warm[0]:.1f} s against {warm[1]:.1f} s. "
-        f"`make demo` ({demo['seconds']:.0f} s, {demo['threads']} threads):",
+        f"`make demo` ({demo['cpu']}, {demo['threads']} threads, {demo['seconds']:.0f} s); the model's linears are so small (256 x 640) that calls cost more than reading fp32 weights out of a large cache:",
         "",
         "| | linears | bits/weight | perplexity | tokens/s against compiled fp32 |",
         "| --- | --- | --- | --- | --- |",

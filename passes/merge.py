@@ -1,7 +1,7 @@
 """Products of one input become one product: q, k and v, or gate and up, found as linears that read the same value and get the same schemes. The weights lie one behind the other in one
 tensor (``qcompile/weights.py``), and each linear takes its columns of the output.
 
-Fewer, larger kernels: what a GPU wants where there are few rows. On a CPU a product is a call, and nothing is gained.
+Fewer, larger kernels: what a GPU wants where there are few rows, and on a CPU fewer calls into C++.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from . import experts, outliers
 from .infra import graph_pass
 from .sites import Site, example
 
-DEVICES = ["cuda"]
-"""Where products are merged."""
+DEVICES = ("cuda", "cpu")
+"""Where products are merged: elsewhere references run."""
 
 
 @graph_pass(after=("match",))

@@ -19,11 +19,7 @@ def quantized(model: Callable[..., Any], inputs: Any, options: Mapping[str, Mapp
     from qcompile import backend
     from qcompile.passes.infra import text
 
-    merge = sys.modules["qcompile.passes.merge"]  # the package's attribute of this name is the pass
-
     warnings.simplefilter("ignore")
-    if "cpu" not in merge.DEVICES:
-        merge.DEVICES.append("cpu")  # where the model is until Inductor is told that it sees a GPU
     graphs: list[Any] = []
 
     def every(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
