@@ -53,15 +53,7 @@ def takes_scales(c: Case) -> bool:
     return c.device.type == "cuda" and supports(c) is None
 
 
-HEADER = """
-    M = {{size("X", 0)}}
-    K = {{size("X", 1)}}
-    N = {{size("W", 0)}}
-    if M * N == 0:
-        return
-    stride_xm = {{stride("X", 0)}}
-    stride_wn = {{stride("W", 0)}}
-    stride_Sn = {{stride("S", 0)}}
+HEADER = tiles.SIZES + """\
     part_k = tl.program_id(0) % SPLIT
     pid = tl.program_id(0) // SPLIT
 """

@@ -130,7 +130,7 @@ SWIZZLE = """
     rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
 """
 
-HEADER = """
+SIZES = """
     M = {{size("X", 0)}}
     K = {{size("X", 1)}}
     N = {{size("W", 0)}}
@@ -139,8 +139,9 @@ HEADER = """
     stride_xm = {{stride("X", 0)}}
     stride_wn = {{stride("W", 0)}}
     stride_Sn = {{stride("S", 0)}}
-    pid = tl.program_id(0)
-""" + SWIZZLE.lstrip("\n")
+"""
+
+HEADER = SIZES + "    pid = tl.program_id(0)\n" + SWIZZLE.lstrip("\n")
 
 FOOTER = """
     idx_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]

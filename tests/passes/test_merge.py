@@ -12,19 +12,10 @@ from tiny_models import tiny
 from torch import nn
 
 import qcompile
-from qcompile.backend import CompiledGraph
 from qcompile.passes.infra import text
 from qcompile.weights import TABLE
 
 MERGE = sys.modules["qcompile.passes.merge"]  # the package's attribute of this name is the pass
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    made = []
-    real = CompiledGraph._build
-    monkeypatch.setattr(CompiledGraph, "_build", lambda self, inputs: (made.append(self), real(self, inputs))[1])
-    return made
 
 
 class Gated(nn.Module):
@@ -42,10 +33,10 @@ def fast(model, lower="eager", **options):
     return torch.compile(model, backend="qcompile", options={"lower": lower, **options})
 
 
-def test_graph(graphs):
+def test_graph(built):
     with torch.no_grad():
         fast(Gated().to(torch.bfloat16))(torch.randn(5, 32, dtype=torch.bfloat16))
-    (graph,) = graphs
+    (graph,) = built
     assert graph.merged == {"gate": ("gate", "up"), "up": ("gate", "up")}
     lines = [line for line in text(graph.lowered).splitlines() if "narrow" in line or "scaled_linear" in line]
     assert_expected_inline(
@@ -97,13 +88,13 @@ def Gated_copy(model: Gated) -> Gated:
     return other
 
 
-def test_two_instances_share_the_graph(graphs, monkeypatch):
+def test_two_instances_share_the_graph(built, monkeypatch):
     a, b, x = Gated(), Gated(), torch.randn(5, 32)
     with torch.no_grad():
         fa, fb = fast(a), fast(b)
         ya, yb = fa(x), fb(x)
         torch._dynamo.reset()
-        assert len(graphs) == 1
+        assert len(built) == 1
         monkeypatch.setattr(MERGE, "DEVICES", ())
         assert torch.equal(ya, fast(a)(x)) and torch.equal(yb, fast(b)(x))
 
@@ -125,16 +116,16 @@ def test_explain_has_a_row_for_each():
         ({"recipe": "LLM_INT8"}, "outlier columns"), ({"bias": True}, "in its own store"), ({"recipe": "W8A8", "ignore": ["gate"]}, None),
     ],
 )  # fmt: skip
-def test_what_stays_apart(graphs, options, reason):
+def test_what_stays_apart(built, options, reason):
     with torch.no_grad():
         fast(Gated(options.pop("bias", False)), **options)(torch.randn(5, 32))
-    assert graphs[-1].merged == {}
+    assert built[-1].merged == {}
     if reason:
-        assert reason in str(graphs[-1].planned.meta["unmerged"]["gate"])
+        assert reason in str(built[-1].planned.meta["unmerged"]["gate"])
 
 
-def test_other_devices_keep_products_apart(graphs, monkeypatch):
+def test_other_devices_keep_products_apart(built, monkeypatch):
     monkeypatch.setattr(MERGE, "DEVICES", ("cuda",))
     with torch.no_grad():
         fast(Gated())(torch.randn(5, 32))
-    assert graphs[-1].merged == {} and "cpu" in str(graphs[-1].planned.meta["unmerged"]["up"])
+    assert built[-1].merged == {} and "cpu" in str(built[-1].planned.meta["unmerged"]["up"])
