@@ -110,7 +110,7 @@ class _Builder:
             y.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
             self._merged[kin] = y, self._to(graph, y, example(node).dtype)
         y, whole = self._merged[kin]
-        return y, graph.call_method("narrow", (whole, -1, sum(s.n for s in sites[: kin.index(site.name)]), site.n))
+        return y, graph.call_function(torch.narrow, (whole, -1, sum(s.n for s in sites[: kin.index(site.name)]), site.n))  # a function: AOTAutograd's cache passes over methods of untyped nodes
 
     def _slot(self, what: str, site: Site, choice: Choice) -> fx.Node:
         return slot_inputs(self.gm, self.context, slot_of(what, site, choice))[0]

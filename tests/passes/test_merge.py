@@ -44,8 +44,8 @@ def test_graph(built):
         """\
 scaled_linear_default = qcompile.scaled_linear(getitem_1, [getitem_2], [gate_codes, gate_scale], 'int8.row @ int8.row')  # gate: int8.row @ int8.row
 to = scaled_linear_default.to(bfloat16)
-linear = to.narrow(-1, 0, 48)
-linear_1 = to.narrow(-1, 48, 64)
+linear = narrow(to, -1, 0, 48)
+linear_1 = narrow(to, -1, 48, 64)
 scaled_linear_default_1 = qcompile.scaled_linear(getitem_3, [getitem_4], [down_codes, down_scale], 'int8.row @ int8.row')  # down: int8.row @ int8.row
 add = add(scaled_linear_default_1, %down.bias)""",
     )
