@@ -70,7 +70,8 @@ class _Builder:
         if out is not y:
             out.meta.pop("site", None)
         if "site" not in y.meta:  # a merged product keeps the name of its first site
-            y.meta = {key: value for key, value in node.meta.items() if out is y or key != "example_value"}
+            own = {key: value for key, value in y.meta.items() if key == "example_value"}
+            y.meta = {**{key: value for key, value in node.meta.items() if out is y or key != "example_value"}, **own}
         name = node.name
         node.replace_all_uses_with(out)
         graph.erase_node(node)
@@ -90,6 +91,7 @@ class _Builder:
             out = graph.call_function(torch.add, (out, bias))
         if choice.corrected:
             out = graph.call_function(torch.add, (out, self._slot("bias", site, choice)))
+        out.meta["example_value"] = example(node).to(torch.float32)  # AOTAutograd's cache passes over methods of untyped nodes
         return y, self._to(graph, out, example(node).dtype)
 
     def _product(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
@@ -107,8 +109,9 @@ class _Builder:
             x = node.args[0]
             assert isinstance(x, fx.Node)
             y = self._product(graph, self._cast(graph, x, node), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))
-            y.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
-            self._merged[kin] = y, self._to(graph, y, example(node).dtype)
+            value = example(node)
+            y.meta = {**node.meta, "example_value": value.new_empty((*value.shape[:-1], sum(s.n for s in sites)), dtype=torch.float32)}
+            self._merged[kin] = y, self._to(graph, y, value.dtype)
         y, whole = self._merged[kin]
         return y, graph.call_function(torch.narrow, (whole, -1, sum(s.n for s in sites[: kin.index(site.name)]), site.n))  # a function: AOTAutograd's cache passes over methods of untyped nodes
 
