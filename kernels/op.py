@@ -49,7 +49,7 @@ class Kernel:
 
     name: str
     device: str
-    supports: Callable[[Case], Skip | None]
+    supports: Callable[[Any], Skip | None]
     lower: Callable[..., Any] | None
     trace: Callable[..., Any] | None = None
     """Torch ops that AOTAutograd traces in the op's place, where the kernel is a library's; ``lower`` is None then."""
@@ -57,13 +57,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Op:
-    """One op; see the module's docstring. ``case`` reads a Case off the op's arguments (tensors or IR nodes alike)."""
+    """One op; see the module's docstring. ``case`` reads a Case, or what else has a device, off the op's arguments (tensors or IR nodes alike)."""
 
     name: str
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    case: Callable[..., Case] | None = None
+    case: Callable[..., Any] | None = None
     kernels: tuple[Kernel, ...] = ()
     simplify: Callable[..., Any] | None = None
     """A rewrite into simpler ops tried at trace time (N-D to 2-D, nested scales); returns NotImplemented where nothing is left to simplify."""
@@ -71,7 +71,7 @@ class Op:
     fallback: Callable[..., Any] | None = None
     """``lower`` for cases that no kernel supports, where the reference cannot be traced: it reads values, such as how many rows each expert has."""
 
-    def choose(self, case: Case) -> tuple[Kernel | None, Skip | None]:
+    def choose(self, case: Any) -> tuple[Kernel | None, Skip | None]:
         """The first kernel for the case, or None with the reason of the last refusal."""
         reason: Skip | None = Skip(f"{self.name} has no kernel for {case.device.type}")
         for kernel in self.kernels:

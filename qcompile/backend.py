@@ -84,7 +84,7 @@ class CompiledGraph:
         context = _Context(self.options, inputs, self)
         self.matched = self._run([PASSES[name] for name in PIPELINE], self.captured, context)
         own = ("transform",) if any(isinstance(c, Choice) and c.smooth for c in self.matched.meta["plan"].values()) else ()
-        planned = self._run([PASSES[name] for name in (*own, *self.options.passes, "merge")], self.matched, context)
+        planned = self._run([PASSES[name] for name in (*own, *self.options.passes, "merge", "attend")], self.matched, context)
         self.planned = planned
         self.sites: dict[str, Site] = planned.meta["sites"]
         self.plan = planned.meta["plan"]

@@ -1,4 +1,4 @@
-"""Every private or version-dependent import of torch, in one place. Supported: torch 2.11 to 2.13.
+"""Every private or version-dependent import of torch, in one place (what concerns Inductor's IR is written in ``compat_ir`` and reached from here). Supported: torch 2.11 to 2.13.
 
 Nothing else in the package imports ``torch._inductor``, ``torch._dynamo`` internals, ``torch._guards`` or ``torch._functorch``. Heavy modules are imported where they are used,
 so that ``import qcompile`` stays light and works without triton.
@@ -14,109 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-# --- reading sizes off tensors and off Inductor's IR -----------------------------------------------------------------
-
-
-def sizes(x: Any) -> Sequence[Any]:
-    """Shape of a tensor or of an IR node."""
-    return x.shape if isinstance(x, torch.Tensor) else x.get_size()
-
-
-def device_of(x: Any) -> torch.device:
-    """Device of a tensor or of an IR node."""
-    device: torch.device = x.device if isinstance(x, torch.Tensor) else x.get_device()
-    return device
-
-
-def static_int(size: Any) -> int | None:
-    """The value of a size that is known at compile time, None where it is symbolic."""
-    if isinstance(size, int):
-        return size
-    if isinstance(size, torch.SymInt):
-        return int(size) if size.node.is_constant() else None
-    return int(size) if getattr(size, "is_number", False) else None
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
-
-
-# --- Inductor: lowerings and templates -------------------------------------------------------------------------------
-
-_TEMPLATES: dict[str, Any] = {}
-
-
-def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
-    """Hand the lowering of one of our ops to Inductor when Inductor is first used."""
-    _PENDING.append((op, fn))
-
-
-_PENDING: list[tuple[Any, Callable[..., Any]]] = []
-
-
-def flush_lowerings() -> None:
-    """Register what ``register_lowering`` collected; called before every compile, so that importing us does not import Inductor."""
-    if not _PENDING:
-        return
-    from torch._inductor.lowering import register_lowering as register
-
-    while _PENDING:
-        op, fn = _PENDING.pop()
-        register(op, type_promotion_kind=None)(fn)
-
-
-def lower_template(
-    name: str, source: Callable[[], str], inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, int]], grid: Callable[..., Any] | None = None
-) -> Any:
-    """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
-
-    ``grid(m, n, meta, cdiv)`` gives the number of programs; the default is one for each BLOCK_M x BLOCK_N tile.
-    """
-    from torch._inductor import ir
-    from torch._inductor.kernel.mm_common import mm_grid
-    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
-
-    if name not in _TEMPLATES:
-        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=source())
-    nodes = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)) for node in inputs]
-    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))  # type: ignore[arg-type]
-    choices: list[Any] = []
-    for config in configs:
-        error = _TEMPLATES[name].maybe_append_choice(choices, input_nodes=tuple(nodes), layout=layout, **config)
-        if error is not None:
-            raise error
-    out = autotune_select_algorithm(name, choices, nodes, layout)
-    return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
-
-
-def sum_first(x: Any) -> Any:
-    """The sum over the first axis of an IR node. A short axis is unrolled, in order, into whatever reads the sum."""
-    from torch._inductor.lowering import lowerings
-
-    return lowerings[torch.ops.aten.sum.dim_IntList](x, [0])
-
-
-def at_most(size: Any, bound: int) -> bool:
-    """Whether a size is at most ``bound``, asked of a symbolic size by a guard: beyond the bound Dynamo compiles again. Sizes that depend on data are not."""
-    if (known := static_int(size)) is not None:
-        return known <= bound
-    if isinstance(size, torch.SymInt):
-        from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-        return bool(guard_or_false(size <= bound))
-    import sympy
-    from torch._inductor.virtualized import V
-
-    return bool(V.graph.sizevars.guard_or_false(sympy.Le(size, bound)))
-
-
-def fallback_kernel(op: Any, *args: Any) -> Any:
-    """An IR node that calls ``op`` as it is, for CPU kernels that are ordinary torch ops."""
-    from torch._inductor.lowering import fallback_handler
-
-    return fallback_handler(op, add_to_fallback_set=False)(*args)
-
+from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
+    at_most, capability, cast, combine_parts, device_of, expand, fallback_kernel, flush_lowerings, lower_template, register_lowering, reshape, sizes, static_int, sum_first,
+)  # fmt: skip
 
 # --- Inductor: compiling ---------------------------------------------------------------------------------------------
 

@@ -145,7 +145,7 @@ def test_json(report):
     data = json.loads(report.to_json())
     assert data == json.loads(json.dumps(report.to_dict())) and set(data) == {"sites", "kept", "graphs", "totals", "notes"}
     assert data["sites"][0]["name"] == "layers.0.up" and data["sites"][0]["shape"] == [128, 64]
-    assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "merge", "lower"]
+    assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower"]
     assert data["totals"]["coverage"] == report.totals.coverage
     with pytest.raises(ValueError, match="JSON"):
         dataclasses.replace(report, sites=(dataclasses.replace(report.sites[0], bits=float("nan")),)).to_json()

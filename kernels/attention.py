@@ -1,0 +1,196 @@
+"""``attention(q, k, v, mask, scale)``: scaled dot-product attention of few queries, as in decoding, whose keys and values are read once for all heads that share them.
+
+``y = softmax(q k^T * scale + mask) v`` with q (B, H, Q, D), k and v (B, G, S, D), H a multiple of G: head h reads keys h // (H / G), which nobody repeats. The kernel goes over the keys once with a
+running maximum (Milakov and Gimelshein 2018; Dao et al. 2022). Programs share the keys of one (batch, key head) pair, as in Flash-Decoding (Dao et al. 2023), where there are too few pairs to fill the
+GPU; each writes its average and the logarithm of its weight, and what reads them combines them in order. Only keys between the first and the last one that a query may see are read: the empty end of a
+static cache costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+
+from . import tiles
+from .op import Kernel, Op
+
+MOST = 63
+"""Queries times heads that share keys: what one tile holds, beside the row of logarithms."""
+PROGRAMS, PARTS = 264, 16
+"""Programs that fill a large GPU, and the most that share the keys of one pair."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What decides which kernel runs: ``rows`` = Q * H / G (None where Q is dynamic), ``pairs`` = B * G (None where B is), ``columns`` = D, and how the mask is given: "", "bool" or "float"."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int | None
+    pairs: int | None
+    columns: int
+    queries: int
+    mask: str
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, G, S, D) once for every head, (B, H, S, D)."""
+    b, g, s, d = x.shape
+    return x if g == heads else x[:, :, None].expand(b, g, heads // g, s, d).reshape(b, heads, s, d)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, H, Q, D) in the dtype of q; ``mask`` broadcasts to (B, H, Q, S): False or -inf hides a key, floats are added to the products."""
+    return F.scaled_dot_product_attention(q, repeated(k, q.shape[1]), repeated(v, q.shape[1]), attn_mask=mask, scale=scale)
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Shape and dtype of ``reference``."""
+    return q.new_empty(q.shape)
+
+
+def case(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Attention:
+    """The case of one call; tensors and IR nodes alike."""
+    (b, h, count, d), g = compat.sizes(q), int(compat.sizes(k)[1])
+    queries, batch = compat.static_int(count), compat.static_int(b)
+    kind = "" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+    return Attention(compat.device_of(q), q.dtype, None if queries is None else queries * int(h) // g, None if batch is None else batch * g, int(d), queries or 0, kind)
+
+
+def supports(c: Attention) -> Skip | None:
+    """16-bit values, heads of up to 256 columns, few queries."""
+    if c.dtype not in (torch.bfloat16, torch.float16):
+        return Skip(f"attention of {c.dtype} is left to torch")
+    if c.rows is None or not 0 < c.rows <= MOST:
+        return Skip(f"more than {MOST} queries for one key head, or a dynamic number")
+    if c.columns > 256 or c.columns % 8:
+        return Skip(f"heads of {c.columns} columns are not multiples of 8 up to 256")
+    if c.rows > c.columns:
+        return Skip(f"{c.rows} queries for one key head are more than its {c.columns} columns")
+    return None
+
+
+def blocks(c: Attention, keys: int | None) -> dict[str, int]:
+    """Keys of a tile, programs of a pair."""
+    pairs = c.pairs or 64
+    most = PARTS if keys is None else max(1, min(PARTS, keys // 64))
+    split = 1
+    while split * 2 <= most and pairs * split * 2 <= PROGRAMS:
+        split *= 2
+    rows = max(16, 1 << (c.rows or 1).bit_length())  # with the row of logarithms
+    few = pairs * split <= PROGRAMS // 2 and rows == 16
+    return {"BLOCK": 32 if few else 64, "ROWS": rows, "COLUMNS": 1 << (c.columns - 1).bit_length(), "SPLIT": split, "num_warps": 2 if few else 4, "num_stages": 3 if c.columns <= 128 else 2}
+
+
+def grid(split: Any, b: Any, g: Any, rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """One program for each part of each pair; parts are neighbours."""
+    return (split * b * g, 1, 1)
+
+
+def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool) -> str:
+    """The template. ``by_head``: the mask differs between heads, so that it is not looked through first. Scores are in powers of two, which SCALE takes account of."""
+    assert c.rows is not None
+    share, queries, d = heads // groups, c.queries, c.columns
+    whole = 1 << (d - 1).bit_length() == d
+    inside = "" if whole else " & (column < D)[None, :]"
+    row_mask = "" if whole else ", mask=(column < D)[None, :], other=0.0"
+    look = [] if c.mask == "" or by_head else [
+        "    wide = tl.arange(0, 1024)",
+        "    low = wide * 0 + S",
+        "    high = wide * 0",
+        "    for start in range(0, S, 1024):",
+        "        at = start + wide",
+        f"        for i in tl.static_range({queries}):",
+        "            seen = tl.load(MASK + b * stride_mb + i * stride_mq + at * stride_ms, mask=at < S, other=" + ("0) != 0" if c.mask == "bool" else "float('-inf')) > float('-inf')"),
+        "            low = tl.minimum(low, tl.where(seen, at, S))",
+        "            high = tl.maximum(high, tl.where(seen, at + 1, 0))",
+        "    first = tl.min(low, 0)",
+        "    stop = tl.max(high, 0)",
+    ]  # fmt: skip
+    bounds = look or ["    first = S * 0", "    stop = S + 0"]
+    by = (" + head[:, None] * stride_mh" if by_head else "") + (" + query[:, None] * stride_mq" if queries > 1 else "")
+    address = f"b * stride_mb{by} + at[None, :] * stride_ms"  # an axis of one may have any stride
+    if c.mask == "bool":
+        masked = [f"        seen = tl.load(MASK + {address}, mask=live[None, :], other=0) != 0", '        score = tl.where(seen & live[None, :], score, float("-inf"))']
+    elif c.mask == "float":
+        masked = [f"        score += tl.load(MASK + {address}, mask=live[None, :], other=0.0).to(tl.float32) * {math.log2(math.e)!r}", '        score = tl.where(live[None, :], score, float("-inf"))']
+    else:
+        masked = ['        score = tl.where(live[None, :], score, float("-inf"))']
+    strides = [] if c.mask == "" else [f'    stride_m{name} = {{{{stride("MASK", {i})}}}}' for i, name in enumerate("bhqs")]
+    last = [
+        "    logs = tl.sum(tl.where(column[None, :] == row[:, None], ((top + tl.log2(total)) * 0.6931471805599453)[:, None], 0.0), 0)",
+        f"    acc = tl.where(row[:, None] == {c.rows}, logs[None, :], acc)",
+    ] if split else []  # fmt: skip
+    names = '"Q", "K", "V"' + (', "MASK"' if c.mask else "")
+    return "\n".join([
+        f"\n{{{{def_kernel({names})}}}}",
+        "    S = {{size('K', 2)}}",
+        f"    D: tl.constexpr = {d}",
+        *strides,
+        "    part = tl.program_id(0) % SPLIT",
+        "    pair = tl.program_id(0) // SPLIT",
+        f"    b = (pair // {groups}).to(tl.int64)",
+        f"    g = (pair % {groups}).to(tl.int64)",
+        "    row = tl.arange(0, ROWS)",
+        f"    r = tl.minimum(row, {c.rows - 1})",
+        f"    head = g * {share} + r // {queries}",
+        f"    query = r % {queries}",
+        "    column = tl.arange(0, COLUMNS)",
+        f'    q = tl.load(Q + b * {{{{stride("Q", 0)}}}} + head[:, None] * {{{{stride("Q", 1)}}}} + query[:, None] * {{{{stride("Q", 2)}}}} + column[None, :]{row_mask})',
+        '    keys = K + b * {{stride("K", 0)}} + g * {{stride("K", 1)}}',
+        '    values = V + b * {{stride("V", 0)}} + g * {{stride("V", 1)}}',
+        *bounds,
+        "    span = (tl.maximum(stop - first, 0) + 16 * SPLIT - 1) // (16 * SPLIT) * 16",
+        "    begin = first + part * span",
+        "    end = tl.minimum(begin + span, stop)",
+        '    top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)',
+        "    total = tl.zeros((ROWS,), dtype=tl.float32)",
+        "    acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)",
+        "    for start in tl.range(begin, end, BLOCK):",
+        "        at = start + tl.arange(0, BLOCK)",
+        "        live = at < end",
+        f'        k = tl.load(keys + at[:, None].to(tl.int64) * {{{{stride("K", 2)}}}} + column[None, :], mask=live[:, None]{inside}, other=0.0)',
+        "        score = tl.dot(q, tl.trans(k)) * SCALE",
+        *masked,
+        "        higher = tl.maximum(top, tl.max(score, 1))",
+        '        level = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: exp2(-inf) is what it should be',
+        "        p = tl.exp2(score - level[:, None])",
+        "        kept = tl.exp2(top - level)",
+        f'        v = tl.load(values + at[:, None].to(tl.int64) * {{{{stride("V", 2)}}}} + column[None, :], mask=live[:, None]{inside}, other=0.0)',
+        "        total = total * kept + tl.sum(p, 1)",
+        "        acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None])",
+        "        top = higher",
+        "    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]",
+        *last,
+        "    idx_r = row[:, None]",
+        "    idx_d = column[None, :]",
+        f"    mask = (idx_r < {c.rows + split}) & (idx_d < D)",
+        '    {{store_output(("part", "b", "g", "idx_r", "idx_d"), "acc", "mask", val_shape=("ROWS", "COLUMNS"))}}',
+        "",
+    ])  # fmt: skip
+
+
+def _lower(c: Attention, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
+    assert c.rows is not None
+    b, heads, queries, d = compat.sizes(q)
+    groups, keys = compat.sizes(k)[1:3]
+    config = blocks(c, compat.static_int(keys))
+    split, by_head = config["SPLIT"] > 1, mask is not None and compat.static_int(compat.sizes(mask)[1]) != 1
+    inputs = [q, k, v] if mask is None else [q, k, v, compat.expand(mask, (b, compat.sizes(mask)[1], queries, keys))]
+    name = tiles.template_name("attention", heads, groups, c.queries, d, c.mask, "heads" if by_head else "", "split" if split else "", tiles.triton_dtype(c.dtype))
+    text = lambda: source(c, int(heads), int(groups), split, by_head)  # noqa: E731
+    parts = compat.lower_template(name, text, inputs, (config["SPLIT"], b, groups, c.rows + split, d), [{**config, "SCALE": scale * math.log2(math.e)}], grid, strided=True)
+    y = compat.combine_parts(parts, c.rows, c.dtype) if split else compat.cast(parts, c.dtype)
+    return compat.reshape(y, (b, heads, queries, d))
+
+
+SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
+OP = Op("attention", SCHEMA, reference, fake, case, (Kernel("triton attention", "cuda", supports, _lower),))

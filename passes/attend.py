@@ -1,0 +1,121 @@
+"""Attention with few queries, as in decoding, reads keys and values once for all heads that share them.
+
+Models with grouped-query attention repeat keys and values for torch's ``scaled_dot_product_attention``: all of a static cache is read and written again in every layer and step, four times as large. Here the
+repetition, however it is spelled, is left out and the call becomes ``qcompile::attention`` (``kernels/attention.py``). Prompts, where products dominate, stay with torch's own kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from qcompile import compat
+from qcompile.core.errors import Skip
+from qcompile.kernels.attention import MOST
+from qcompile.kernels.op import target
+
+from .infra import graph_pass
+from .sites import example
+
+SDPA = F.scaled_dot_product_attention
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+WHOLE = slice(None)
+
+
+@graph_pass(after=("match",))
+def attend(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
+    """Rewrite every call that has few queries; ``gm.meta["attention"]``: name of a node -> Skip for those that stay."""
+    refused: dict[str, Skip] = {}
+    done = 0
+    for node in gm.graph.find_nodes(op="call_function", target=SDPA):
+        if (reason := _rewrite(gm.graph, node)) is None:
+            done += 1
+        else:
+            refused[node.name] = reason
+    gm.meta["attention"] = refused
+    gm.meta["note"] = f"{done} calls of attention with few queries" if done else ""
+    return gm
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, **dict(zip(NAMES, node.args)), **node.kwargs}
+    q, key, value, mask = (given[name] for name in NAMES[:4])
+    shapes = [example(x) for x in (q, key, value)]
+    if any(not isinstance(s, Tensor) or s.dim() != 4 for s in shapes):
+        return Skip("not (batch, heads, tokens, columns)")
+    if given["dropout_p"] or given["is_causal"]:
+        return Skip("with dropout, or causal without a mask")
+    if mask is not None and not isinstance(example(mask), Tensor):
+        return Skip("a mask that is no tensor")
+    heads, queries, columns = shapes[0].shape[1:]
+    k, v = (_shared(x) for x in (key, value))
+    groups = example(k).shape[1]
+    if groups != example(v).shape[1] or shapes[1].shape[-1] != columns or shapes[2].shape[-1] != columns or heads % groups:
+        return Skip("keys, values and queries differ in heads or columns")
+    count = compat.static_int(queries)
+    if count is None or count * (heads // groups) > MOST:
+        return Skip(f"more than {MOST} queries for one key head, or a dynamic number")
+    if any(repeated is not source and _written(repeated, node) for repeated, source in ((key, k), (value, v))):
+        return Skip("keys or values change between their repetition and the call")
+    with graph.inserting_before(node):
+        for _ in range(4 - example(mask).dim() if mask is not None else 0):
+            short = mask
+            mask = graph.call_method("unsqueeze", (short, 0))
+            mask.meta["example_value"] = example(short).unsqueeze(0)
+        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(int(columns))
+        new = graph.call_function(target("attention"), (q, k, v, mask, float(scale)))
+    new.meta = {**node.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for x in (key, value):
+        while not x.users and x.op != "placeholder":
+            x, gone = x.args[0], x
+            graph.erase_node(gone)
+    return None
+
+
+def _shared(x: fx.Node) -> fx.Node:
+    """The (B, G, S, D) that ``x`` repeats for its heads in their order: ``x[:, :, None].expand(...).reshape(...)`` or ``repeat_interleave(r, 1)``; ``x`` itself where it does not."""
+    if x.target in ("repeat_interleave", torch.repeat_interleave):
+        source, r, *axis = (*x.args, *x.kwargs.values())
+        return source if isinstance(r, int) and axis in ([1], [-3]) and example(source).dim() == 4 else x  # type: ignore[return-value]
+    if x.target not in ("reshape", "view", torch.reshape, "flatten", torch.flatten):
+        return x
+    wide = x.args[0]
+    if not isinstance(wide, fx.Node) or wide.target not in ("expand", "broadcast_to", torch.broadcast_to):
+        return x
+    apart = wide.args[0]
+    if not isinstance(apart, fx.Node) or (source := _unsqueezed(apart)) is None:
+        return x
+    (b, g, s, d), value, grown = example(source).shape, example(x), example(wide)
+    ok = value.dim() == 4 and grown.dim() == 5 and value.shape[1] == g * grown.shape[2] and (value.shape[0], value.shape[2], value.shape[3]) == (b, s, d)
+    return source if ok else x
+
+
+def _unsqueezed(node: fx.Node) -> fx.Node | None:
+    """The (B, G, S, D) of which ``node`` is the (B, G, 1, S, D) view."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(example(source), Tensor) or example(source).dim() != 4:
+        return None
+    if node.target in ("unsqueeze", torch.unsqueeze):
+        return source if node.args[1:] in ((2,), (-3,)) else None
+    index = node.args[1] if len(node.args) > 1 else None
+    if node.target is not operator.getitem or not isinstance(index, tuple):
+        return None
+    return source if index[:3] == (WHOLE, WHOLE, None) and all(i in (WHOLE, Ellipsis) for i in index[3:]) else None
+
+
+def _written(start: fx.Node, stop: fx.Node) -> bool:
+    """Whether anything is written in place between two nodes: a repetition is a copy, which would not see it."""
+    node = start.next
+    while node is not stop:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
+            return True
+        node = node.next
+    return False

@@ -1,0 +1,162 @@
+"""The part of ``compat`` that speaks to Inductor's IR: sizes, lowerings, templates. Reached through ``qcompile.compat``, like everything that is private in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+# --- reading sizes off tensors and off Inductor's IR -----------------------------------------------------------------
+
+
+def sizes(x: Any) -> Sequence[Any]:
+    """Shape of a tensor or of an IR node."""
+    return x.shape if isinstance(x, torch.Tensor) else x.get_size()
+
+
+def device_of(x: Any) -> torch.device:
+    """Device of a tensor or of an IR node."""
+    device: torch.device = x.device if isinstance(x, torch.Tensor) else x.get_device()
+    return device
+
+
+def static_int(size: Any) -> int | None:
+    """The value of a size that is known at compile time, None where it is symbolic."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        return int(size) if size.node.is_constant() else None
+    return int(size) if getattr(size, "is_number", False) else None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+# --- Inductor: lowerings and templates -------------------------------------------------------------------------------
+
+_TEMPLATES: dict[str, Any] = {}
+
+
+def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
+    """Hand the lowering of one of our ops to Inductor when Inductor is first used."""
+    _PENDING.append((op, fn))
+
+
+_PENDING: list[tuple[Any, Callable[..., Any]]] = []
+
+
+def flush_lowerings() -> None:
+    """Register what ``register_lowering`` collected; called before every compile, so that importing us does not import Inductor."""
+    if not _PENDING:
+        return
+    from torch._inductor.lowering import register_lowering as register
+
+    while _PENDING:
+        op, fn = _PENDING.pop()
+        register(op, type_promotion_kind=None)(fn)
+
+
+def lower_template(
+    name: str, source: Callable[[], str], inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, float]], grid: Callable[..., Any] | None = None, strided: bool = False
+) -> Any:
+    """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
+
+    ``grid(*size, meta, cdiv)`` gives the number of programs; the default is one for each BLOCK_M x BLOCK_N tile. ``strided``: the template reads any strides, if the last one is 1 or
+    its axis is broadcast; else inputs are made contiguous.
+    """
+    from torch._inductor import ir
+    from torch._inductor.kernel.mm_common import mm_grid
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+
+    if name not in _TEMPLATES:
+        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=source())
+    nodes = [ir.ExternKernel.realize_input(node) for node in inputs]
+    nodes = [node if strided and static_int(node.get_stride()[-1]) in (0, 1) else ir.ExternKernel.require_contiguous(node) for node in nodes]
+    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))  # type: ignore[arg-type]
+    choices: list[Any] = []
+    for config in configs:
+        error = _TEMPLATES[name].maybe_append_choice(choices, input_nodes=tuple(nodes), layout=layout, **config)
+        if error is not None:
+            raise error
+    out = autotune_select_algorithm(name, choices, nodes, layout)
+    return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
+
+
+def sum_first(x: Any) -> Any:
+    """The sum over the first axis of an IR node. A short axis is unrolled, in order, into whatever reads the sum."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.aten.sum.dim_IntList](x, [0])
+
+
+def combine_parts(parts: Any, rows: int, dtype: torch.dtype) -> Any:
+    """``(SPLIT, ..., rows + 1, D)`` parts of an average, whose last row holds in its first columns the natural logarithm of each row's weight, as the average ``(..., rows, D)`` in ``dtype``:
+    one pointwise node, which fuses with what follows. Rows without any weight are zero."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import ops
+
+    load = parts.make_loader()
+    split, *lead, _, columns = parts.get_size()
+    infinity = float("inf")
+
+    def value(index: Sequence[Any]) -> Any:
+        *at, row, column = index
+        logs = [load((s, *at, rows, row)) for s in range(int(split))]
+        top = logs[0]
+        for log in logs[1:]:
+            top = ops.maximum(top, log)
+        top = ops.where(ops.eq(top, ops.constant(-infinity, torch.float32)), ops.constant(0.0, torch.float32), top)
+        total = sum_ = None
+        for s, log in enumerate(logs):
+            share = ops.exp(ops.sub(log, top))
+            part = ops.mul(share, load((s, *at, row, column)))
+            total, sum_ = (share, part) if total is None else (ops.add(total, share), ops.add(sum_, part))
+        total = ops.where(ops.eq(total, ops.constant(0.0, torch.float32)), ops.constant(1.0, torch.float32), total)
+        return ops.to_dtype(ops.truediv(sum_, total), dtype)
+
+    return ir.Pointwise.create(device=parts.get_device(), dtype=dtype, inner_fn=value, ranges=[*lead, rows, columns])
+
+
+def reshape(x: Any, size: Sequence[Any]) -> Any:
+    """A view of an IR node."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.aten.reshape.default](x, list(size))
+
+
+def expand(x: Any, size: Sequence[Any]) -> Any:
+    """An IR node broadcast to a size, with strides of zero."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.aten.expand.default](x, list(size))
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """An IR node in another dtype."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.prims.convert_element_type.default](x, dtype)
+
+
+def at_most(size: Any, bound: int) -> bool:
+    """Whether a size is at most ``bound``, asked of a symbolic size by a guard: beyond the bound Dynamo compiles again. Sizes that depend on data are not."""
+    if (known := static_int(size)) is not None:
+        return known <= bound
+    if isinstance(size, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return bool(guard_or_false(size <= bound))
+    import sympy
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.guard_or_false(sympy.Le(size, bound)))
+
+
+def fallback_kernel(op: Any, *args: Any) -> Any:
+    """An IR node that calls ``op`` as it is, for CPU kernels that are ordinary torch ops."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
