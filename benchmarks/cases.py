@@ -64,3 +64,42 @@ SHAPE = (14336, 4096)
 """N, K of the table."""
 GPU_SHAPES = ((4096, 14336), (6144, 4096), (28672, 4096), (128256, 4096))
 """The others, at one and sixteen rows."""
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+VOCABULARY = 128256
+LLAMAS = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+}
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Kernels of one step of decoding with some layers of a model. `error`: the greatest relative distance of the logits from the eager 16-bit model's."""
+
+    recipe: str
+    head: str | None
+    batch: int
+    context: int
+    error: float
+    model: str = "8B"
+    layers: int = 4
+
+
+BREAKDOWNS = (
+    Breakdown("bf16", None, 1, 128, 0.05),
+    Breakdown("W4A16", "int4.g128", 1, 128, 0.35),
+    Breakdown("W8A8", "int8.row", 1, 128, 0.08),
+    Breakdown("bf16", None, 64, 2048, 0.05),
+    Breakdown("W4A16", "int4.g128", 64, 2048, 0.35),
+    Breakdown("W8A8", "int8.row", 64, 2048, 0.08),
+    Breakdown("bf16", None, 64, 128, 0.05),
+    Breakdown("W4A16", "int4.g128", 64, 128, 0.35),
+    Breakdown("W8A8", "int8.row", 64, 128, 0.08),
+    Breakdown("bf16", None, 1, 2048, 0.05),
+    Breakdown("W4A16", "int4.g128", 1, 2048, 0.35),
+    Breakdown("W8A8", "int8.row", 1, 2048, 0.08),
+)

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_breakdown
 import torch
-from cases import GPU_CASES, GPU_SHAPES, ROWS, SHAPE, GpuCase
+from cases import BREAKDOWNS, GPU_CASES, GPU_SHAPES, ROWS, SHAPE, GpuCase
 from torch import Tensor, nn
 from tune import ROTATE, graphed
 
@@ -31,7 +32,7 @@ from qcompile.kernels.quantize import reference as quantize_activations
 from qcompile.kernels.scaled_linear import values
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("linear", "shapes", "model")
+PARTS = ("linear", "shapes", "model", "breakdown")
 MODELS = {"1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}}
 MODELS["8B"] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
 VOCABULARY = 128256
@@ -132,7 +133,7 @@ def measure(parts: Sequence[str], only: Sequence[str], path: Path | None, second
     """All parts; returns the number of rows that were wrong."""
     about = machine()
     print(json.dumps(about), flush=True)
-    report: dict[str, Any] = {"machine": about, "linear": [], "shapes": [], "model": []}
+    report: dict[str, Any] = {"machine": about, "linear": [], "shapes": [], "model": [], "breakdown": []}
     path = path or RESULTS / about["gpu"].split()[1].lower() / "gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     begun, wrong = time.perf_counter(), 0
@@ -144,6 +145,8 @@ def measure(parts: Sequence[str], only: Sequence[str], path: Path | None, second
         work += [("shapes", lambda c=c, m=m, s=s: linear(c, m, *s, about)) for s in GPU_SHAPES for c in cases[:3] for m in (1, 16)]
     if "model" in parts:
         work += [("model", lambda r=r: decode(*r)) for r in RUNS]
+    if "breakdown" in parts:
+        work += [("breakdown", lambda c=c: gpu_breakdown.breakdown(c)) for c in BREAKDOWNS if not only or c.recipe in only]
     for part, run in work:
         if time.perf_counter() - begun > seconds:
             print("out of time; the rest was not run", flush=True)
@@ -157,6 +160,6 @@ def measure(parts: Sequence[str], only: Sequence[str], path: Path | None, second
         report[part].append(row)
         gc.collect()
         torch.cuda.empty_cache()
-        print(json.dumps(row), flush=True)
+        print(gpu_breakdown.table(row) if part == "breakdown" else json.dumps(row), flush=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
     return wrong
