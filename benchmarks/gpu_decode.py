@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import statistics
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from cases import BITS, ERRORS, Generate, Prefill, Run
+from gpu_floor import read_rate
 from gpu_model import ROOM, Decoder, build, compiled, distance, linear_elements, settle
 from torch import nn
 
@@ -37,7 +39,7 @@ def read_us(run: Run, about: Mapping[str, Any], cached: int, **other: Any) -> fl
     """Microseconds to read all linears, the head, and so many bytes of keys and values once."""
     linears, heads = linear_elements(run.model, **other)
     head = BITS["float32"] if run.recipe == "float32" else BITS[run.head]
-    return (linears * BITS[run.recipe] / 8 + heads * head / 8 + cached) / about.get("read_tb_s", about["copy_tb_s"]) / 1e6
+    return (linears * BITS[run.recipe] / 8 + heads * head / 8 + cached) / read_rate(about) / 1e6
 
 
 def decode(run: Run, about: Mapping[str, Any], device: str = "cuda", **other: Any) -> dict[str, Any]:
@@ -123,21 +125,22 @@ class Heard(logging.Handler):
 
 @contextmanager
 def listening() -> Iterator[Heard]:
-    """All of Inductor's loggers, those of performance hints too, which are off otherwise."""
-    import torch._inductor.cudagraph_trees
-    import torch._inductor.cudagraph_utils
-
+    """All of Inductor's loggers that speak of CUDA graphs or of performance, whether or not they are on; nothing of it is printed."""
+    importlib.import_module("torch._inductor.cudagraph_trees")  # they exist from then on
     heard = Heard()
-    torch._logging.set_logs(perf_hints=True, cudagraphs=True)
-    loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if name.startswith("torch._inductor") and isinstance(logger, logging.Logger)]
-    for logger in loggers:
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch._inductor") and name.endswith((".__cudagraphs", ".__perf_hints"))]
+    before = [(logger := logging.getLogger(name), logger.level, logger.propagate, logger.disabled) for name in names]
+    for logger, *_ in before:
         logger.addHandler(heard)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate, logger.disabled = False, False
     try:
         yield heard
     finally:
-        for logger in loggers:
+        for logger, level, propagate, disabled in before:
             logger.removeHandler(heard)
-        torch._logging.set_logs()
+            logger.setLevel(level)
+            logger.propagate, logger.disabled = propagate, disabled
 
 
 def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16, ROOM), repeats: int = 5, **other: Any) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from cases import Moe
-from gpu_linear import floors, microseconds
+from gpu_floor import floor_us
+from gpu_linear import microseconds
 from gpu_model import distance
 from torch import Tensor, nn
 from tune import ROTATE
@@ -98,9 +99,9 @@ def moe(case: Moe, about: Mapping[str, Any], device: str = "cuda") -> dict[str, 
     if not row["right"]:
         return row
     us = microseconds(lambda i: fast[i % COPIES](*given[i]), device)
-    used = sum(len(set(torch.bucketize(torch.arange(g[0].shape[0], device=device), g[1].long(), right=True).tolist())) if not case.whole else g[1].unique().numel() for g in given) / len(given)
+    used = sum(g[1].unique().numel() if case.whole else int((g[1].diff(prepend=g[1].new_zeros(1)) > 0).sum()) for g in given) / len(given)
     elements = case.n * case.k * (3 if case.whole else 1)
-    floor = floors(used * elements * case.bits / 8, 2 * case.m * case.top * elements, find_recipe(case.recipe).input is not None, about)
+    floor = floor_us(used * elements * case.bits / 8, 2 * case.m * case.top * elements, find_recipe(case.recipe).input is not None, about)
     return {**row, "experts_read": round(used, 1), "us": round(us, 2), "ratio": round(bf16 / us, 3), "floor_us": round(floor, 2), "of_floor": round(floor / us, 3), "goal": case.goal, "met": bf16 >= case.goal * us}
 
 
