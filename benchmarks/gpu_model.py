@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", 
     """The model of that shape in ``cases.LLAMAS``, its weights made on the device. ``other`` replaces sizes."""
     import transformers
 
-    config = transformers.LlamaConfig(**{**LLAMAS[name], "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, **other})
+    config = transformers.LlamaConfig(**{**sizes(name), "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, **other})
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -130,10 +130,9 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def sizes(name: str, **other: Any) -> Mapping[str, int]:
+def sizes(name: str, **other: Any) -> dict[str, Any]:
     """The numbers of a shape."""
-    found: dict[str, int] = {"vocab_size": VOCABULARY, **LLAMAS[name], **other}
-    return found
+    return {"vocab_size": VOCABULARY, **LLAMAS[name], **other}
 
 
 def linear_elements(name: str, **other: Any) -> tuple[int, int]:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 
 import pytest
+import torch
+
+from qcompile.core.recipe import find_recipe
+from qcompile.core.scheme import Scheme
+
+pytest.importorskip("jinja2")
+pytest.importorskip("transformers")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import cases  # noqa: E402
+import gpu  # noqa: E402
 import gpu_breakdown  # noqa: E402
+import gpu_decode  # noqa: E402
+import gpu_floor  # noqa: E402
+import gpu_model  # noqa: E402
+import gpu_plots  # noqa: E402
+import gpu_tables  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -46,3 +61,122 @@ def test_summary_of_a_trace():
     assert (row["busy_us"], row["gaps_us"], row["gap_us_each"], row["launches"]) == (70, 20, 2, 7)
     row |= {"model": "8B", "layers": 2, "recipe": "W4A16", "head": None, "batch": 1, "context": 128, "cache": 192}
     assert "gaps 20.0" in gpu_breakdown.table(row) and len(gpu_breakdown.markdown([row, {"failed": "x"}])) == 3
+
+
+# --- literal tables ------------------------------------------------------------------------------------------------------
+
+MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11", "copy_tb_s": 2.4, "read_tb_s": 3.0, "bf16_tflop_s": 700.0}
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_rows_of_each_part(part):
+    """Every row says what it is, so that a failure can be told; ``only`` leaves recipes out."""
+    found = gpu.rows_of(part, MACHINE)
+    assert len({what for what, _ in found}) == len(found) > 0
+    assert all("copy_tb_s" not in what for what, _ in found)
+    assert len(gpu.rows_of(part, MACHINE, ["FP8"])) < len(found) or part == "lines"
+
+
+def test_rows_name_schemes_and_recipes_that_exist():
+    for run in cases.RUNS:
+        assert run.recipe in ("float32", *cases.ERRORS) and run.recipe in cases.BITS and run.head in cases.BITS and run.model in cases.LLAMAS
+    for case in (*cases.BREAKDOWNS, *cases.GENERATES, *cases.STARTS, *cases.PREFILLS, *cases.MOES):
+        assert case.recipe == "bf16" or find_recipe(case.recipe)
+    for recipe in ("W4A16", "W4A8", "W8A8", "FP8"):
+        assert cases.BITS[recipe] == pytest.approx(Scheme.parse(find_recipe(recipe).weight).bits_per_weight((4096, 4096)), abs=0.02)
+
+
+def test_a_failure_is_a_row():
+    def fails():
+        raise ValueError("no room")
+
+    assert gpu.attempt("W4A16 1", fails).items() >= {"case": "W4A16 1", "failed": "ValueError: no room"}.items()
+
+
+# --- models --------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_the_models():
+    model = gpu_model.build("tiny", device="cpu")
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    blocks, head = gpu_model.linear_elements("tiny")
+    assert linears == blocks + head == gpu_model.linear_elements("tiny", vocab_size=512)[0] + 512 * 128
+    whole = gpu_decode.model_bytes(model)
+    assert gpu_decode.packed_bytes("tiny", "bf16", None, whole) == whole
+    assert gpu_decode.packed_bytes("tiny", "W8A8", "int8.row", whole) == whole - linears
+
+
+@torch.no_grad()
+def test_a_step_is_repeated_from_the_same_place():
+    model = gpu_model.build("tiny", device="cpu")
+    decoder = gpu_model.Decoder(model, 2, 24)
+    first = decoder.once(model)
+    assert first.shape == (2, 1, 512) and decoder.length == 24 + gpu_model.ROOM
+    assert not torch.equal(decoder.step(model), first)  # one token further
+    assert torch.equal(decoder.once(model), first)
+    assert decoder.bytes == 2 * 2 * 2 * 2 * 32 * decoder.length * 2  # layers, keys and values, sequences, heads, columns, 2 bytes
+    torch._dynamo.reset()
+    fast = gpu_model.compiled(model, "W8A8", "int8.row", lower="eager", release=True)
+    assert gpu_model.distance(decoder.once(fast), first) < cases.ERRORS["W8A8"]
+
+
+# --- tables and pictures -------------------------------------------------------------------------------------------------
+
+
+def report() -> dict:
+    """A few rows of every part, as `measure` writes them."""
+    run = {"model": "8B", "head": None, "context": 128, "cache": 192, "batch": 1, "error": 0.1, "right": True, "floor_us": 900.0, "of_floor": 0.5, "goal": None, "met": None, "memory_gib": 5.0}
+    step = {"model": "8B", "layers": 4, "batch": 1, "context": 128, "cache": 192, "right": True, "step_us": 500.0, "busy_us": 450.0, "gaps_us": 50.0, "launches": 60, "kernels": []}
+    groups = {"head": 50.0, "linear": 300.0, "attention": 40.0, "cache": 10.0, "rest": 50.0}
+    expert = {"m": 1, "experts": 128, "top": 8, "n": 768, "k": 2048, "right": True, "us": 8.0, "bf16_us": 16.0, "ratio": 2.0, "floor_us": 4.0, "of_floor": 0.5, "goal": 1.5, "met": True}
+    return {
+        "machine": MACHINE,
+        "model": [
+            {**run, "recipe": "bf16", "tokens_s": 150.0, "us": 6666.0},
+            {**run, "recipe": "W4A16", "head": "int4.g128", "tokens_s": 600.0, "us": 1666.0, "goal": 600, "met": True, "peak_of_bf16": 1.02, "after_of_packed": 1.05},
+            {**run, "recipe": "W8A8", "right": False},
+            {"case": "Run FP8", "failed": "OutOfMemoryError: no | room"},
+        ],
+        "breakdown": [{**step, "recipe": recipe, "head": None, "groups_us": groups, "groups_count": dict.fromkeys(groups, 4), "per_layer_us": {k: v / 4 for k, v in groups.items() if k != "head"}} for recipe in ("bf16", "W4A16")],
+        "moe": [{**expert, "recipe": recipe, "what": what} for recipe in ("W4A16", "W8A8") for what in ("product", "Qwen3 experts")],
+        "lines": [{"recipe": line.name, "m": m, "right": True, "us": 20.0, "w8a8_us": 18.0, "ratio": 1.11, "goal": line.goal, "met": True} for line in cases.LINES for m in (1, 16)],
+        "prefill": [{"model": "8B", "recipe": recipe, "tokens": 2048, "right": True, "ms": 30.0, "goal_ms": goal, "goal": share} for recipe, goal, share in (("bf16", None, None), ("FP8", 31, None), ("W4A16", None, 1.08))],
+        "generate": [{"model": "8B", "recipe": "W4A16", "head": None, "right": True, "tokens_s": 550.0, "by_hand_tokens_s": 600.0, "share": 0.92, "goal": 0.85, "met": True}],
+        "start": [{"model": "8B", "recipe": "W4A16", "head": None, "right": True, "cold_s": 50.0, "warm_s": 13.0, "cold_goal": 60, "warm_goal": 12, "met": False}],
+    }
+
+
+def test_tables():
+    text = "\n".join(gpu_tables.markdown(report()))
+    for line in (
+        "| 8B | W4A16 | int4.g128 | 1 | 128 | 600 | 600 (met) | 4.00 |  | 0.50 | 1.02 | 1.05 |",
+        "| W4A16 | 1 | 128 | 75.0 | 10.0 | 2.5 | 12.5 | 1.00 | 50.0 | 50.0 | 500.0 | 60 |",
+        "| product | W4A16 | 1 | 8.0 | 16.0 | 2.00 | 1.5 (met) | 0.50 |",
+        "| LLM_INT8 static, 64 columns | 16 | 20.0 | 18.0 | 1.11 | <= 1.15 (met) |",
+        "| 8B | W4A16 | 2048 | 30.0 | <= 32.4 (met) | 1.00 |",
+        "| 8B | W4A16 | 16 bits | 550 | 600 | 92% | 85% (met) |",
+        "| 8B | W4A16 | 16 bits | 50.0 | 13.0 | 60 / 12 (missed) |",
+        "Not measured: model: 8B W8A8 1 128 was wrong, and not timed; model: Run FP8: OutOfMemoryError: no / room.",
+    ):
+        assert line in text, line
+    assert gpu_tables.markdown({"machine": MACHINE, "linear": [], "shapes": []}) == []
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    gpu_plots.draw(report(), tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(gpu_plots.PICTURES) == set(gpu_plots.drawn(report()))
+
+
+def test_merging_keeps_other_parts(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps({"machine": {"gpu": "a"}, "linear": [1], "model": [2]}))
+    new.write_text(json.dumps({"machine": {"gpu": "b"}, "linear": [], "model": [3], "moe": [4]}))
+    gpu_tables.merge(old, [new])
+    assert json.loads(old.read_text()) == {"machine": {"gpu": "b"}, "linear": [1], "model": [3], "moe": [4]}
+
+
+def test_the_floor_reads_at_the_rate_of_a_reduction():
+    assert gpu_floor.floor_us(3e6, 0, False, MACHINE) == pytest.approx(1.0)
+    assert gpu_floor.floor_us(3e6, 0, False, {"copy_tb_s": 1.5, "bf16_tflop_s": 1.0}) == pytest.approx(2.0)
+    assert gpu_floor.floor_us(0, 14e8, True, MACHINE) == pytest.approx(1.0)
