@@ -89,6 +89,7 @@ def attempt(what: str, measure_row: Callable[[], Row]) -> Row:
             row = measure_row()
     except Exception as error:
         row = {"case": what, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    torch.compiler.reset()  # its caches hold models
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -99,6 +100,7 @@ def measure(parts: Sequence[str], only: Sequence[str], path: Path | None, second
     """All parts; returns the number of rows that were wrong."""
     begun = time.perf_counter()
     about = machine()
+    torch.compiler.reset()
     torch.cuda.empty_cache()
     print(json.dumps(about), flush=True)
     path = path or RESULTS / about["gpu"].split()[1].lower() / "gpu.json"

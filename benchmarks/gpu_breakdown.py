@@ -15,7 +15,7 @@ import re
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ def profiled(replay: Any, rewind: Any, replays: int = REPLAYS) -> list[dict[str,
 def steadiest(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The run with the median sum. Runs that lost events to the profiler, so that they have fewer than the most, do not count."""
     most = max(len(run) for run in runs)
+    if not most:
+        raise RuntimeError("the profiler saw no kernels")
     whole = sorted((run for run in runs if len(run) == most), key=lambda run: sum(k["us"] for k in run))
     return whole[len(whole) // 2]
 
@@ -129,13 +131,3 @@ def table(row: Mapping[str, Any], names: int = 24) -> str:
         lines.append(f"  {kind:10} {us:9.2f} us{each}, {row['groups_count'][kind]} kernels")
     lines += [f"    {k['us']:9.2f} us  {k['count']:4} x {k['us_each']:8.2f}  {k['group']:9} {k['name'][:110]}" for k in row["kernels"][:names]]
     return "\n".join(lines)
-
-
-def markdown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Lines of a table: microseconds of a step by groups, of one layer."""
-    lines = ["| recipe | batch | context | linears / layer | attention / layer | cache / layer | rest / layer | head | gaps | step |", "| --- |" + " --- |" * 9]
-    for r in rows:
-        if "groups_us" in r:
-            each = " | ".join(f"{r['per_layer_us'][kind]:.1f}" for kind in GROUPS)
-            lines.append(f"| {r['recipe']} | {r['batch']} | {r['context']} | {each} | {r['groups_us']['head']:.1f} | {r['gaps_us']:.1f} | {r['step_us']:.1f} |")
-    return lines

@@ -71,14 +71,14 @@ def breakdown(report: Report) -> list[str]:
     """Microseconds of one layer."""
     found = rows(report, "breakdown", "groups_us")
     plain = {(r["batch"], r["context"]): r["per_layer_us"]["linear"] for r in found if r["recipe"] == "bf16"}
-    head = ["recipe", "batch", "context", *GROUPS, "times bf16's linears", "head", "gaps", "step", "kernels"]
+    head = ["recipe", "head's scheme", "batch", "context", *GROUPS, "times bf16's linears", "head", "gaps", "step", "kernels"]
     body = []
     for r in sorted(found, key=lambda r: (r["batch"], r["context"])):
         each = [f"{r['per_layer_us'][kind]:.1f}" for kind in GROUPS]
         linears = times(r["per_layer_us"]["linear"], plain.get((r["batch"], r["context"]))) if r["per_layer_us"]["linear"] else ""
-        body.append([r["recipe"], r["batch"], r["context"], *each, linears, f"{r['groups_us']['head']:.1f}", f"{r['gaps_us']:.1f}", f"{r['step_us']:.1f}", r["launches"]])
+        body.append([r["recipe"], r["head"] or "16 bits", r["batch"], r["context"], *each, linears, f"{r['groups_us']['head']:.1f}", f"{r['gaps_us']:.1f}", f"{r['step_us']:.1f}", r["launches"]])
     layers = found[0]["layers"]
-    return [f"Where a step goes: microseconds of one of {layers} layers of the 8B shape by kind of kernel, then the head, the gaps between kernels, and the whole step of these {layers} layers:", "", *table(head, body)]
+    return [f"Where a step goes: microseconds of one of {layers} layers of the 8B shape by kind of kernel, then the head, the gaps between kernels, and the whole step of these {layers} layers (kernels by torch.profiler in a replayed CUDA graph, the step without it; sums of split products count as rest):", "", *table(head, body)]
 
 
 def moe(report: Report) -> list[str]:

@@ -112,11 +112,14 @@ def picture(path: Path, card: str = CARD) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    best, machine = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())["machine"]
+    best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
+    machine = report["machine"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, sharey=True)
     for axis, case in zip(axes.flat, GPU_CASES):
         mine = [(m, us) for m in ROWS if (us := best.get((case.recipe, m, *SHAPE))) is not None]
         axis.plot(*zip(*mine), "o-", label="qcompile, the product alone")
+        if whole := sorted((r["m"], r["us"]) for r in gpu_tables.rows(report, "linear") if r["recipe"] == case.recipe):
+            axis.plot(*zip(*whole), "^-", linewidth=0.8, label="the whole compiled linear")
         axis.plot(*zip(*case.peer), "s:", color="gray", label="best of others, on an H200")
         axis.plot(ROWS, [floor(case, m, *SHAPE, machine) for m in ROWS], "k--", linewidth=0.8, label="floor: bandwidth, library's rate")
         axis.set(title=case.recipe, xscale="log", yscale="log")

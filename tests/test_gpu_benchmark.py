@@ -26,6 +26,7 @@ import gpu_floor  # noqa: E402
 import gpu_model  # noqa: E402
 import gpu_plots  # noqa: E402
 import gpu_tables  # noqa: E402
+import run  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_summary_of_a_trace():
     assert row["per_layer_us"] == {"linear": 10, "attention": 10, "cache": 0, "rest": 10}
     assert (row["busy_us"], row["gaps_us"], row["gap_us_each"], row["launches"]) == (70, 20, 2, 7)
     row |= {"model": "8B", "layers": 2, "recipe": "W4A16", "head": None, "batch": 1, "context": 128, "cache": 192}
-    assert "gaps 20.0" in gpu_breakdown.table(row) and len(gpu_breakdown.markdown([row, {"failed": "x"}])) == 3
+    assert "gaps 20.0" in gpu_breakdown.table(row)
 
 
 # --- literal tables ------------------------------------------------------------------------------------------------------
@@ -78,8 +79,8 @@ def test_rows_of_each_part(part):
 
 
 def test_rows_name_schemes_and_recipes_that_exist():
-    for run in cases.RUNS:
-        assert run.recipe in ("float32", *cases.ERRORS) and run.recipe in cases.BITS and run.head in cases.BITS and run.model in cases.LLAMAS
+    for row in cases.RUNS:
+        assert row.recipe in ("float32", *cases.ERRORS) and row.recipe in cases.BITS and row.head in cases.BITS and row.model in cases.LLAMAS
     for case in (*cases.BREAKDOWNS, *cases.GENERATES, *cases.STARTS, *cases.PREFILLS, *cases.MOES):
         assert case.recipe == "bf16" or find_recipe(case.recipe)
     for recipe in ("W4A16", "W4A8", "W8A8", "FP8"):
@@ -125,16 +126,16 @@ def test_a_step_is_repeated_from_the_same_place():
 
 def report() -> dict:
     """A few rows of every part, as `measure` writes them."""
-    run = {"model": "8B", "head": None, "context": 128, "cache": 192, "batch": 1, "error": 0.1, "right": True, "floor_us": 900.0, "of_floor": 0.5, "goal": None, "met": None, "memory_gib": 5.0}
+    step_of = {"model": "8B", "head": None, "context": 128, "cache": 192, "batch": 1, "error": 0.1, "right": True, "floor_us": 900.0, "of_floor": 0.5, "goal": None, "met": None, "memory_gib": 5.0}
     step = {"model": "8B", "layers": 4, "batch": 1, "context": 128, "cache": 192, "right": True, "step_us": 500.0, "busy_us": 450.0, "gaps_us": 50.0, "launches": 60, "kernels": []}
     groups = {"head": 50.0, "linear": 300.0, "attention": 40.0, "cache": 10.0, "rest": 50.0}
     expert = {"m": 1, "experts": 128, "top": 8, "n": 768, "k": 2048, "right": True, "us": 8.0, "bf16_us": 16.0, "ratio": 2.0, "floor_us": 4.0, "of_floor": 0.5, "goal": 1.5, "met": True}
     return {
         "machine": MACHINE,
         "model": [
-            {**run, "recipe": "bf16", "tokens_s": 150.0, "us": 6666.0},
-            {**run, "recipe": "W4A16", "head": "int4.g128", "tokens_s": 600.0, "us": 1666.0, "goal": 600, "met": True, "peak_of_bf16": 1.02, "after_of_packed": 1.05},
-            {**run, "recipe": "W8A8", "right": False},
+            {**step_of, "recipe": "bf16", "tokens_s": 150.0, "us": 6666.0},
+            {**step_of, "recipe": "W4A16", "head": "int4.g128", "tokens_s": 600.0, "us": 1666.0, "goal": 600, "met": True, "peak_of_bf16": 1.02, "after_of_packed": 1.05},
+            {**step_of, "recipe": "W8A8", "right": False},
             {"case": "Run FP8", "failed": "OutOfMemoryError: no | room"},
         ],
         "breakdown": [{**step, "recipe": recipe, "head": None, "groups_us": groups, "groups_count": dict.fromkeys(groups, 4), "per_layer_us": {k: v / 4 for k, v in groups.items() if k != "head"}} for recipe in ("bf16", "W4A16")],
@@ -150,7 +151,7 @@ def test_tables():
     text = "\n".join(gpu_tables.markdown(report()))
     for line in (
         "| 8B | W4A16 | int4.g128 | 1 | 128 | 600 | 600 (met) | 4.00 |  | 0.50 | 1.02 | 1.05 |",
-        "| W4A16 | 1 | 128 | 75.0 | 10.0 | 2.5 | 12.5 | 1.00 | 50.0 | 50.0 | 500.0 | 60 |",
+        "| W4A16 | 16 bits | 1 | 128 | 75.0 | 10.0 | 2.5 | 12.5 | 1.00 | 50.0 | 50.0 | 500.0 | 60 |",
         "| product | W4A16 | 1 | 8.0 | 16.0 | 2.00 | 1.5 (met) | 0.50 |",
         "| LLM_INT8 static, 64 columns | 16 | 20.0 | 18.0 | 1.11 | <= 1.15 (met) |",
         "| 8B | W4A16 | 2048 | 30.0 | <= 32.4 (met) | 1.00 |",
@@ -180,3 +181,9 @@ def test_the_floor_reads_at_the_rate_of_a_reduction():
     assert gpu_floor.floor_us(3e6, 0, False, MACHINE) == pytest.approx(1.0)
     assert gpu_floor.floor_us(3e6, 0, False, {"copy_tb_s": 1.5, "bf16_tflop_s": 1.0}) == pytest.approx(2.0)
     assert gpu_floor.floor_us(0, 14e8, True, MACHINE) == pytest.approx(1.0)
+
+
+def test_unknown_parts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["gpu", "--parts", "model", "modle"])
+    assert "unknown parts modle; there are breakdown, model" in capsys.readouterr().err
