@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -187,3 +188,66 @@ def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["gpu", "--parts", "model", "modle"])
     assert "unknown parts modle; there are breakdown, model" in capsys.readouterr().err
+
+
+# --- the driver and CUDA graphs, with stand-ins for the GPU -----------------------------------------------------------------
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("launch failed")
+
+    path = tmp_path / "sub" / "gpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"machine": {}, "linear": [{"us": 1.0}], "moe": [{"us": 2.0}]}))
+    rows = [("first", lambda: {"us": 3.0, "right": True}), ("second", fails), ("third", lambda: {"right": False})]
+    monkeypatch.setattr(gpu, "machine", lambda: MACHINE)
+    monkeypatch.setattr(gpu, "rows_of", lambda part, about, only: rows)
+    assert gpu.measure(["moe", "breakdown"], (), path, 100.0) == 4
+    found = json.loads(path.read_text())
+    assert found["machine"] == MACHINE and found["linear"] == [{"us": 1.0}]
+    assert [row.get("failed", row.get("right")) for row in found["moe"]] == [True, "RuntimeError: launch failed", False] and len(found["breakdown"]) == 3
+    capsys.readouterr()
+    assert gpu.measure(["model"], (), path, -1.0) == 0
+    assert "model: out of time; 3 of 3 rows were not run" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_graphs_of_steps(monkeypatch):
+    """Streams, graphs and events that do nothing: as many steps are captured as said, from the start, and replays begin there."""
+    cuda = mock.MagicMock()
+    cuda.Event.return_value.elapsed_time.return_value = 0.8
+    monkeypatch.setattr(torch, "cuda", cuda)
+    model = gpu_model.build("tiny", device="cpu")
+    decoder = gpu_model.Decoder(model, 1, 24)
+    lengths: list[int] = []
+
+    def forward(*args, **given):
+        lengths.append(int(decoder.cache.layers[0].cumulative_length))
+        return model(*args, **given)
+
+    assert decoder.graph_us(forward) == pytest.approx(100.0)
+    assert lengths == [24, 24, *range(24, 24 + gpu_model.STEPS)]
+    assert cuda.CUDAGraph.return_value.replay.call_count == 11
+
+
+def test_profiles_of_replays(monkeypatch):
+    """The run with the median sum, of those that lost nothing."""
+    times = iter([[9], [5, 5], [6, 6], [4, 4], [7, 7, 0][:2]])
+
+    class Profile:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def export_chrome_trace(self, path):
+            events = [{"cat": "kernel", "name": "gemm", "ts": i * 10, "dur": us} for i, us in enumerate(next(times))]
+            pathlib.Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profile())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[str] = []
+    found = gpu_breakdown.profiled(lambda: calls.append("replay"), lambda: calls.append("rewind"))
+    assert [k["us"] for k in found] == [6, 6] and calls == ["rewind", "replay"] * 6
