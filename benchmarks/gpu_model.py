@@ -54,7 +54,7 @@ class Decoder:
 
         self.batch, self.context, self.length = batch, context, context + ROOM
         device = model.device
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=self.length)
+        self.cache: Any = transformers.StaticCache(config=model.config, max_cache_len=self.length)
         self.token = torch.randint(0, model.config.vocab_size, (batch, 1), device=device)
         self.position = torch.tensor([context], device=device)
         model(self.token, past_key_values=self.cache, use_cache=True, cache_position=torch.zeros_like(self.position))  # it allocates its tensors at the first call

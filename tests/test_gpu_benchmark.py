@@ -170,6 +170,11 @@ def test_pictures(tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == set(gpu_plots.PICTURES) == set(gpu_plots.drawn(report()))
 
 
+def test_committed_results_have_their_pictures():
+    for path in (ROOT / "benchmarks" / "results").glob("*/gpu.json"):
+        assert all((path.parent / f"{name}.png").exists() for name in gpu_plots.drawn(json.loads(path.read_text()))), path.parent.name
+
+
 def test_merging_keeps_other_parts(tmp_path):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps({"machine": {"gpu": "a"}, "linear": [1], "model": [2]}))
