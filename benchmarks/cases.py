@@ -1,4 +1,4 @@
-"""Rows of `benchmarks/run.py`: literal tables, nothing is computed here."""
+"""Rows of `benchmarks/run.py`: literal tables, nothing is computed here. Rows of a part run in the order in which they stand, the most important first, until the time is up."""
 
 from __future__ import annotations
 
@@ -64,3 +64,206 @@ SHAPE = (14336, 4096)
 """N, K of the table."""
 GPU_SHAPES = ((4096, 14336), (6144, 4096), (28672, 4096), (128256, 4096))
 """The others, at one and sixteen rows."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A linear beside W8A8's: `options` of the backend, large columns in the data, and the most times W8A8's microseconds that it may take."""
+
+    name: str
+    options: tuple[tuple[str, object], ...]
+    columns: int
+    calibrated: bool
+    goal: float
+
+
+LINES = (
+    Line("LLM_INT8 static, 64 columns", (("recipe", "W8A8"), ("passes", ["outliers(columns=64)"])), 64, True, 1.15),
+    Line("LLM_INT8 dynamic, 32 columns", (("recipe", "LLM_INT8"),), 32, False, 1.5),
+)
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A grouped product of `experts` matrices N x K, sorted rows, `top` experts for each of `m` tokens; `whole`: transformers' Qwen3 experts, with N columns between two products. `goal`: times as fast as bfloat16."""
+
+    recipe: str
+    m: int
+    goal: float
+    bits: float
+    error: float = 1e-2
+    whole: bool = False
+    experts: int = 128
+    n: int = 768
+    k: int = 2048
+    top: int = 8
+
+
+MOES = (
+    Moe("W4A16", 1, 1.5, 4.125),
+    Moe("W8A8", 1, 1.5, 8.0),
+    Moe("FP8", 1, 1.5, 8.0),
+    Moe("W8A16", 1, 1.5, 8.0),
+    Moe("W4A16", 64, 1.0, 4.125),
+    Moe("W8A8", 64, 1.0, 8.0),
+    Moe("FP8", 64, 1.0, 8.0),
+    Moe("W8A16", 64, 1.0, 8.0),
+    Moe("W4A16", 4096, 1.0, 4.125),
+    Moe("W8A8", 4096, 1.0, 8.0),
+    Moe("FP8", 4096, 1.0, 8.0),
+    Moe("W8A16", 4096, 1.0, 8.0),
+    Moe("W4A16", 16, 1.0, 4.125),
+    Moe("W8A8", 16, 1.0, 8.0),
+    Moe("FP8", 16, 1.0, 8.0),
+    Moe("W8A16", 16, 1.0, 8.0),
+    Moe("W4A16", 1, 1.5, 4.125, 0.3, True),
+    Moe("W8A8", 1, 1.5, 8.0, 0.08, True),
+    Moe("W4A16", 64, 1.0, 4.125, 0.3, True),
+    Moe("W8A8", 64, 1.0, 8.0, 0.08, True),
+    Moe("W8A8", 4096, 1.0, 8.0, 0.08, True),
+)
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+VOCABULARY = 128256
+LLAMAS = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+}
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Kernels of one step of decoding with some layers of a model. `error`: the greatest relative distance of the logits from the eager 16-bit model's."""
+
+    recipe: str
+    head: str | None
+    batch: int
+    context: int
+    error: float
+    model: str = "8B"
+    layers: int = 4
+
+
+BREAKDOWNS = (
+    Breakdown("bf16", None, 1, 128, 0.05),
+    Breakdown("W4A16", "int4.g128", 1, 128, 0.35),
+    Breakdown("W8A8", "int8.row", 1, 128, 0.08),
+    Breakdown("bf16", None, 64, 2048, 0.05),
+    Breakdown("W4A16", "int4.g128", 64, 2048, 0.35),
+    Breakdown("W8A8", "int8.row", 64, 2048, 0.08),
+    Breakdown("bf16", None, 64, 128, 0.05),
+    Breakdown("W4A16", "int4.g128", 64, 128, 0.35),
+    Breakdown("W8A8", "int8.row", 64, 128, 0.08),
+    Breakdown("bf16", None, 1, 2048, 0.05),
+    Breakdown("W4A16", "int4.g128", 1, 2048, 0.35),
+    Breakdown("W8A8", "int8.row", 1, 2048, 0.08),
+)
+
+
+BITS = {None: 16.0, "bf16": 16.0, "float32": 32.0, "W4A16": 4.125, "W4A8": 4.125, "W8A8": 8.0, "FP8": 8.0, "int4.g128": 4.125, "int8.row": 8.0, "e4m3.row": 8.0}
+"""Of a weight, by recipe or by the head's scheme."""
+ERRORS = {"bf16": 0.05, "W4A16": 0.6, "W4A8": 0.6, "W8A8": 0.1, "FP8": 0.3}
+"""The greatest relative distance of whole models' logits from the eager 16-bit model's, before anything is timed. Random weights: 32 layers in 4 bits leave 0.43, and what has nothing to do with it is at 1.4."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Decoding. `recipe` "float32" is transformers' eager model in that type, "bf16" Inductor alone; `head` None: 16 bits. `goal`: tokens a second."""
+
+    model: str
+    recipe: str
+    head: str | None = None
+    batch: int = 1
+    context: int = 128
+    goal: float | None = None
+
+
+RUNS = (
+    Run("8B", "W4A16", "int4.g128", goal=600),
+    Run("8B", "bf16"),
+    Run("8B", "W8A8", "int8.row", goal=380),
+    Run("1B", "float32"),
+    Run("1B", "W4A16", "int4.g128", goal=2940),
+    Run("8B", "FP8", "e4m3.row", goal=380),
+    Run("8B", "W4A8", "int4.g128", goal=600),
+    Run("8B", "W4A16", None, 64, 2048),
+    Run("8B", "bf16", None, 64, 2048),
+    Run("8B", "float32"),
+    Run("1B", "bf16"),
+    Run("1B", "W4A8", "int4.g128", goal=2940),
+    Run("8B", "W8A8", "int8.row", 64, 2048),
+    Run("8B", "W4A16", None, goal=600),
+    Run("1B", "W8A8", "int8.row"),
+    Run("1B", "FP8", "e4m3.row"),
+    Run("8B", "W4A16", "int4.g128", 1, 2048),
+    Run("8B", "bf16", None, 1, 2048),
+    Run("8B", "W8A8", "int8.row", 1, 2048),
+    Run("8B", "W8A8", None, goal=380),
+    Run("8B", "FP8", None, goal=380),
+    Run("8B", "W4A8", None, goal=600),
+    Run("1B", "W4A16", None, goal=2940),
+    Run("1B", "W4A8", None, goal=2940),
+    Run("8B", "bf16", None, 64, 128),
+    Run("8B", "W4A16", "int4.g128", 64, 128),
+    Run("8B", "W8A8", "int8.row", 64, 128),
+    Run("8B", "FP8", "e4m3.row", 64, 128),
+    Run("8B", "bf16", None, 8, 128),
+    Run("8B", "W4A16", "int4.g128", 8, 128),
+    Run("8B", "W4A8", "int4.g128", 8, 128),
+    Run("8B", "W8A8", "int8.row", 8, 128),
+    Run("8B", "bf16", None, 8, 2048),
+    Run("8B", "W4A16", "int4.g128", 8, 2048),
+    Run("8B", "W8A8", "int8.row", 8, 2048),
+    Run("8B", "W4A8", "int4.g128", 64, 128),
+    Run("8B", "FP8", "e4m3.row", 64, 2048),
+    Run("8B", "FP8", "e4m3.row", 1, 2048),
+    Run("1B", "bf16", None, 8, 128),
+    Run("1B", "W4A16", "int4.g128", 8, 128),
+    Run("1B", "bf16", None, 64, 128),
+    Run("1B", "W4A16", "int4.g128", 64, 128),
+)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """All layers of a model on `tokens` tokens of one sequence, logits of the last position. `goal_ms`, or `goal` times bf16's."""
+
+    recipe: str
+    goal_ms: float | None = None
+    goal: float | None = None
+    model: str = "8B"
+    tokens: int = 2048
+
+
+PREFILLS = (Prefill("bf16"), Prefill("FP8", 31), Prefill("W8A8", 38), Prefill("W4A16", goal=1.08))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """transformers' generate with a static cache against a step that is captured by hand with a cache as long. `goal`: the share of its tokens a second."""
+
+    recipe: str
+    head: str | None
+    model: str = "8B"
+    prompt: int = 128
+    goal: float = 0.85
+
+
+GENERATES = (Generate("W4A16", "int4.g128"), Generate("W4A16", "int4.g128", "1B"), Generate("W8A8", "int8.row"))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds of the first call of a step of decoding in a process of its own: caches empty, then those of the process before."""
+
+    recipe: str
+    head: str | None
+    model: str = "8B"
+    cold: float = 60
+    warm: float = 12
+
+
+STARTS = (Start("W4A16", "int4.g128"), Start("bf16", None), Start("FP8", "e4m3.row"))

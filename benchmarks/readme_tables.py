@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_plots
+import gpu_tables
 from cases import GPU_CASES, GPU_SHAPES, ROWS, SHAPE, GpuCase
+from gpu_floor import floor_us
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -30,9 +33,8 @@ def tuned(card: str = CARD) -> dict[tuple[str, int, int, int], float]:
 
 
 def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> float:
-    """Microseconds to read the weight once, or to multiply, at the card's measured rates; 8-bit products count as twice the rate of bfloat16."""
-    twice = 2 if case.recipe in ("W4A8", "W8A8", "FP8") else 1
-    return max(n * k * case.bits / 8 / machine["copy_tb_s"] / 1e6, 2 * m * n * k / machine["bf16_tflop_s"] / 1e6 / twice)
+    """Microseconds to read the weight once, or to multiply, at the card's measured rates."""
+    return floor_us(n * k * case.bits / 8, 2 * m * n * k, case.recipe in ("W4A8", "W8A8", "FP8"), machine)
 
 
 def cpu() -> str:
@@ -65,9 +67,10 @@ def cpu() -> str:
 def gpu(card: str = CARD) -> str:
     """Markdown of the GPU's numbers."""
     best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
-    machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in report["linear"]}
+    machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in gpu_tables.rows(report, "linear")}
+    reads = f", a reduction reads {machine['read_tb_s']} TB/s" if "read_tb_s" in machine else ""
     lines = [
-        f"{machine['gpu']}, torch {machine['torch']}; a copy there moves {machine['copy_tb_s']} TB/s (read and written), a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. "
+        f"{machine['gpu']}, torch {machine['torch']}; a copy there moves {machine['copy_tb_s']} TB/s (read and written){reads}, a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. "
         "Random weights, six in rotation so that L2 does not help, launches in a CUDA graph, every output checked first. Microseconds of the product alone, 4096 -> 14336,",
         "by rows of activations; in brackets the best of other libraries on an H200, whose memory is 1.4 times as fast, with quantization of the input included:",
         "",
@@ -92,10 +95,13 @@ def gpu(card: str = CARD) -> str:
     lines += ["", "The whole compiled linear at one row, quantization of the input included, and bfloat16 by cuBLAS in the same run:", ""]
     lines += ["| recipe | N x K | us | bfloat16 | times as fast | reads at |", "| --- | --- | --- | --- | --- | --- |"]
     bits = {case.recipe: case.bits for case in GPU_CASES}
-    for row in [*report["linear"], *report["shapes"]]:
+    for row in [*gpu_tables.rows(report, "linear"), *gpu_tables.rows(report, "shapes")]:
         if row["m"] == 1:
             rate = row["n"] * row["k"] * bits[row["recipe"]] / 8 / row["us"] / 1e6
             lines.append(f"| {row['recipe']} | {row['n']} x {row['k']} | {row['us']:.1f} | {row['bf16_us']:.1f} | {row['bf16_us'] / row['us']:.2f} | {rate:.2f} TB/s |")
+    lines += gpu_tables.markdown(report)
+    for name in gpu_plots.drawn(report):
+        lines += ["", f"![{name}](benchmarks/results/{card}/{name}.png)"]
     return "\n".join(lines)
 
 
@@ -106,13 +112,16 @@ def picture(path: Path, card: str = CARD) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    best, machine = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())["machine"]
+    best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
+    machine = report["machine"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, sharey=True)
     for axis, case in zip(axes.flat, GPU_CASES):
         mine = [(m, us) for m in ROWS if (us := best.get((case.recipe, m, *SHAPE))) is not None]
         axis.plot(*zip(*mine), "o-", label="qcompile, the product alone")
+        if whole := sorted((r["m"], r["us"]) for r in gpu_tables.rows(report, "linear") if r["recipe"] == case.recipe):
+            axis.plot(*zip(*whole), "^-", linewidth=0.8, label="the whole compiled linear")
         axis.plot(*zip(*case.peer), "s:", color="gray", label="best of others, on an H200")
-        axis.plot(ROWS, [floor(case, m, *SHAPE, machine) for m in ROWS], "k--", linewidth=0.8, label="floor: copy bandwidth, library's rate")
+        axis.plot(ROWS, [floor(case, m, *SHAPE, machine) for m in ROWS], "k--", linewidth=0.8, label="floor: bandwidth, library's rate")
         axis.set(title=case.recipe, xscale="log", yscale="log")
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("rows of activations")
@@ -136,6 +145,7 @@ def main() -> None:
         README.write_text(re.sub(rf"<!-- {given.section} -->\n.*?<!-- /{given.section} -->", lambda _: f"<!-- {given.section} -->\n{text}\n<!-- /{given.section} -->", README.read_text(), flags=re.S))
         if given.section == "gpu":
             picture(RESULTS / CARD / "linear.png")
+            gpu_plots.draw(json.loads((RESULTS / CARD / "gpu.json").read_text()), RESULTS / CARD)
 
 
 if __name__ == "__main__":

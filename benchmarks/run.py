@@ -234,11 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_argument("--repeats", type=int, default=3, help="pairs of processes for the compile time")
     cli.add_argument("--parts", nargs="*", help="some of what the device has; on the CPU the others' results are kept as they are in the file")
     cli.add_argument("--case", nargs="*", default=(), help="recipes, on a GPU")
-    cli.add_argument("--seconds", type=float, default=1e9, help="start nothing new after so long, on a GPU")
+    cli.add_argument("--seconds", type=float, default=480, help="start nothing new after so long, on a GPU")
     given = cli.parse_args(arguments)
     if given.device == "gpu":
         import gpu
 
+        if unknown := set(given.parts or ()) - set(gpu.PARTS):
+            cli.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(gpu.PARTS)}")
         return 1 if gpu.measure(given.parts or gpu.PARTS, given.case, given.json, given.seconds) else 0
     given.parts, given.json = tuple(given.parts or PARTS), given.json or RESULTS
     if unknown := set(given.parts) - set(PARTS):
