@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,10 @@ import jinja2
 FOLDER = Path(tempfile.gettempdir()) / "qcompile_standalone"
 
 
-def render(template: str, shapes: Mapping[str, Sequence[int]], constants: Sequence[str], out: str = "tl.bfloat16") -> str:
-    """Source of a module with one kernel ``run(*pointers, OUT, *constants)``. ``shapes``: name of a pointer -> shape of its contiguous tensor; the output is contiguous, (..., M, N)."""
+def render(template: str, shapes: Mapping[str, Sequence[int]], constants: Sequence[str], out: str = "tl.bfloat16", result: Sequence[int] = ()) -> str:
+    """Source of a module with one kernel ``run(*pointers, OUT, *constants)``. ``shapes``: name of a pointer -> shape of its contiguous tensor; the output is contiguous, (..., M, N) or ``result``."""
     names: list[str] = []
-    sizes = {"M": shapes["X"][0], "N": shapes["W"][-2]}
+    result = result or (shapes["X"][0], shapes["W"][-2])
 
     def def_kernel(*given: str) -> str:
         names.extend(given)
@@ -31,9 +32,8 @@ def render(template: str, shapes: Mapping[str, Sequence[int]], constants: Sequen
         return value
 
     def store_output(indices: Sequence[str], value: str, mask: str, **_: Any) -> str:
-        *lead, m, n = indices
-        first = f"{lead[0]} * {sizes['M'] * sizes['N']} + " if lead else ""
-        return f"tl.store(OUT + {first}{m} * {sizes['N']} + {n}, {value}.to({out}), {mask})"
+        at = " + ".join(f"{index} * {math.prod(result[len(result) - len(indices) + 1 + i :])}" for i, index in enumerate(indices))
+        return f"tl.store(OUT + {at}, {value}.to({out}), {mask})"
 
     text = jinja2.Template(template).render(def_kernel=def_kernel, size=lambda name, axis: shapes[name][axis], stride=stride, store_output=store_output)
     return f"import triton\nimport triton.language as tl\n\n\n{text.strip()}\n"

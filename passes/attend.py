@@ -60,6 +60,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
     count = compat.static_int(queries)
     if count is None or count * (heads // groups) > MOST:
         return Skip(f"more than {MOST} queries for one key head, or a dynamic number")
+    if count > 1 and compat.static_int(shapes[1].shape[2]) == count:
+        return Skip("as many keys as queries: a prompt, or an encoder")
     if any(repeated is not source and _written(repeated, node) for repeated, source in ((key, k), (value, v))):
         return Skip("keys or values change between their repetition and the call")
     with graph.inserting_before(node):

@@ -15,7 +15,20 @@ import torch
 from torch import fx
 
 from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
-    at_most, capability, cast, combine_parts, device_of, expand, fallback_kernel, flush_lowerings, lower_template, register_lowering, reshape, sizes, static_int, sum_first,
+    at_most,
+    capability,
+    cast,
+    combine_parts,
+    device_of,
+    expand,
+    fallback_kernel,
+    flush_lowerings,
+    lower_template,
+    register_lowering,
+    reshape,
+    sizes,
+    static_int,
+    sum_first,
 )  # fmt: skip
 
 # --- Inductor: compiling ---------------------------------------------------------------------------------------------

@@ -135,6 +135,24 @@ def recipes() -> Parts:
     return quantized(layer, inputs, {name: {"recipe": name} for name in LAYERS})
 
 
+def decoding() -> Parts:
+    """A step of a small Llama with grouped queries and a static cache, one sequence and many."""
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=1, hidden_size=256, num_attention_heads=4, intermediate_size=512, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    parts: Parts = {}
+    for batch in (1, 128):
+        torch._dynamo.reset()
+        cache = transformers.StaticCache(config=config, max_cache_len=1024)
+        ids = torch.randint(0, 512, (batch, 8))
+        with torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True)
+        inputs = {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
+        parts.update(quantized(model, inputs, {f"{recipe} {batch}": {"recipe": recipe} for recipe in ("W4A16", "W8A8")}))
+    return parts
+
+
 def experts() -> Parts:
     """Mixtral's experts with rows sorted by expert and with one expert for each row."""
     from pathlib import Path

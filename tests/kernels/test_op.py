@@ -89,6 +89,10 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
         lambda: (weight("int4.g32", 24, 96), [], [], "int4.g32", 96, torch.bfloat16),
         lambda: (weight("int8.row", 24, 96), [torch.rand(96) + 0.5], [torch.tensor([3, 95]), torch.randn(24, 2)], "int8.row", 96, torch.float32),
     ],
+    "attention": [
+        lambda: (torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), None, 0.25),
+        lambda: (torch.randn(2, 4, 3, 16, dtype=torch.bfloat16), *(torch.randn(2, 1, 9, 16, dtype=torch.bfloat16) for _ in "kv"), torch.arange(9).expand(2, 1, 3, 9) < 4, 0.25),
+    ],
     "grouped_linear": [
         lambda: _grouped("int4.g32", False),
         lambda: _grouped("int4.g32", True),
@@ -98,7 +102,7 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
 }  # fmt: skip
 EACH = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
 each = pytest.mark.parametrize(("name", "make"), EACH)
-each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None])
+each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] != "attention"])
 each_simplified = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].simplify is not None])
 each_traced = pytest.mark.parametrize(("name", "make"), [p for p in EACH if p.values[0] != "grouped_linear"])  # that reference reads its index: no trace knows it
 

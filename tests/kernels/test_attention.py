@@ -1,0 +1,68 @@
+"""Attention of few queries: the meaning, what is refused, tiles, and the template in Triton's interpreter. Generated code is in gpu_codegen, real GPUs in tests/gpu."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompile.kernels import attention
+from qcompile.kernels.attention import Attention
+
+CUDA = torch.device("cuda")
+
+
+def case(**changes: object) -> Attention:
+    return Attention(**{"device": CUDA, "dtype": torch.bfloat16, "rows": 4, "pairs": 8, "columns": 128, "queries": 1, "mask": "bool", **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_template_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("interpret_attention.py")
+    child = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    rows = json.loads(child.stdout.splitlines()[-1])
+    assert len(rows) == 10
+    for *about, error in rows:
+        assert error < 1e-3, (about, error)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 6), (6, 2), (6, 1)])
+def test_the_meaning(heads: int, groups: int, mask: str | None) -> None:
+    """softmax(q k^T scale + mask) v, written out, each head with the keys of its group."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 16, dtype=torch.float64) for h, n in ((heads, 3), (groups, 11), (groups, 11)))
+    given = None if mask is None else torch.randn(2, 1, 3, 11, dtype=torch.float64)
+    added = given if given is None or mask == "float" else torch.zeros_like(given).masked_fill(given < -1, -torch.inf)
+    for h in range(heads):
+        g = h // (heads // groups)
+        scores = q[:, h] @ k[:, g].mT * 0.2 + (0 if added is None else added[:, 0])
+        wanted = scores.softmax(-1) @ v[:, g]
+        got = torch.ops.qcompile.attention(q, k, v, given if mask != "bool" or given is None else given >= -1, 0.2)
+        torch.testing.assert_close(got[:, h], wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"dtype": torch.float32}, "float32"), ({"rows": None}, "dynamic"), ({"rows": 64}, "more than 63"), ({"columns": 20}, "multiples of 8"), ({"columns": 512, "rows": 1}, "multiples of 8"), ({"columns": 32, "rows": 40}, "more than its 32")],
+)  # fmt: skip
+def test_refusals(changes: dict[str, object], reason: str) -> None:
+    assert reason in str(attention.supports(case(**changes)))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 15, 16, 31, 63])
+@pytest.mark.parametrize("pairs", [1, 8, 64, 512, None])
+@pytest.mark.parametrize("keys", [1, 100, 4096, None])
+def test_tiles_are_possible(rows: int, pairs: int | None, keys: int | None) -> None:
+    config = attention.blocks(case(rows=rows, pairs=pairs), keys)
+    assert config["ROWS"] >= max(16, rows + 1) and config["ROWS"] & (config["ROWS"] - 1) == 0, "a tile holds the rows and their logarithms"
+    assert 1 <= config["SPLIT"] <= attention.PARTS
+    assert config["SPLIT"] == 1 or (keys is None or config["SPLIT"] * 64 <= keys)
+    assert config["SPLIT"] == 1 or (pairs or 64) * config["SPLIT"] <= attention.PROGRAMS
