@@ -50,6 +50,22 @@ def config(c: Case) -> dict[str, int]:
     return {**chosen, "GROUP_M": GROUP_M}
 
 
+def gated(c: Case) -> dict[str, int]:
+    """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both): half as many columns of the output, so that as many rows of weights are loaded and
+    as many sums kept as in the plain product's. Nothing is split, since parts of a sum mean nothing to the activation.
+
+    Sixteen rows of weights stay with each warp, in two tiles then, unless a thread would keep too many sums for its registers.
+    """
+    tile = {**config(c), "SPLIT": 1}
+    if tile["BLOCK_N"] < 32:
+        return tile
+    columns, warps = tile["BLOCK_N"] // 2, tile["num_warps"]
+    fewer = min(warps, columns // 16)
+    sums = 2 * tile["BLOCK_M"] * columns // (32 * fewer)
+    by_group = min(s.extent(1, c.k)[1] for s in (c.weight, c.input) if s is not None) < c.k
+    return {**tile, "BLOCK_N": columns, "num_warps": fewer if sums <= (64 if by_group else 128) else warps}
+
+
 def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: int) -> Tile:
     most = max(size[0] for size in known)
     wanted = min((size[0] for size in known if m is not None and size[0] >= m), default=most)
