@@ -41,12 +41,14 @@ UNKNOWN = ("tanh", "elu", "selu", "celu", "mish", "softplus", "hardswish", "hard
 
 @dataclass(frozen=True)
 class Gated:
-    """``node = activation(gate) * up``. The activation is a row of ``linear_glu.ACTIVATIONS``, or the reason why it is none."""
+    """``node = activation(gate) * up``, or ``activation(gate) * (up * vector)`` where the next linear's input is smoothed by way of up's columns. The activation is a row of
+    ``linear_glu.ACTIVATIONS``, or the reason why it is none."""
 
     node: fx.Node
     gate: fx.Node
     up: fx.Node
     activation: str | Skip
+    vector: fx.Node | None = None
 
 
 @graph_pass(after=("lower",))
@@ -110,12 +112,23 @@ def find(node: fx.Node, is_half: Callable[[fx.Node], bool]) -> Gated | None:
     """The pattern: a product of two values, one of them behind an activation, none of them read by anything else."""
     if node.op not in ("call_function", "call_method") or node.target not in MULTIPLY or len(node.args) != 2:
         return None
-    for a, up in (node.args, node.args[::-1]):
-        if isinstance(a, fx.Node) and isinstance(up, fx.Node) and a is not up and is_half(up) and _only(up, node) and _only(a, node):
+    for a, b in (node.args, node.args[::-1]):
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and _only(a, node) and _only(b, node):
             behind = _activation(a)
-            if behind is not None and is_half(behind[1]):
-                return Gated(node, behind[1], up, behind[0])
+            up, vector = _unscaled(b)
+            if behind is not None and is_half(behind[1]) and is_half(up):
+                return Gated(node, behind[1], up, behind[0], vector)
     return None
+
+
+def _unscaled(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """Up without the vector that ``transform`` multiplied its columns by, in float32, and the vector."""
+    product = node.args[0] if node.target == "to" else node
+    if isinstance(product, fx.Node) and product.target in MULTIPLY and len(product.args) == 2 and (product is node or _only(product, node)):
+        up, vector = product.args
+        if isinstance(up, fx.Node) and isinstance(vector, fx.Node) and "packed" in vector.meta and vector.meta["packed"].what == "smooth" and _only(up, product):
+            return up, vector
+    return node, None
 
 
 def _only(node: fx.Node, user: fx.Node) -> bool:
@@ -190,8 +203,10 @@ def _rewrite(graph: fx.Graph, gated: Gated, product: fx.Node, gate_first: bool) 
     value, wanted = example(product), example(gated.node)
     with graph.inserting_before(product):
         y = graph.call_function(target("linear_glu"), (x, scales[0] if scales else [], weight, scheme, gated.activation, gate_first))
-        out = y if wanted.dtype == torch.float32 else graph.call_method("to", (y, wanted.dtype))
-    y.meta = {**product.meta, "example_value": value.new_empty((*value.shape[:-1], value.shape[-1] // 2), dtype=torch.float32)}
+        out = y if gated.vector is None else graph.call_function(torch.mul, (y, gated.vector))
+        y.meta = {**product.meta, "example_value": value.new_empty((*value.shape[:-1], value.shape[-1] // 2), dtype=torch.float32)}
+        out.meta.setdefault("example_value", example(y))
+        out = out if wanted.dtype == torch.float32 else graph.call_method("to", (out, wanted.dtype))
     if out is not y:
         out.meta = {**gated.node.meta}
     name = gated.node.name

@@ -123,6 +123,27 @@ return (mul,)""")
     assert "'silu', False)" in body(after(Phi(-1).bfloat16(), half(2, 5, 64), "W8A8"))
 
 
+@pytest.mark.parametrize("recipe", ["W8A8_SMOOTHQUANT_STATIC", "W4A16_AWQ"])
+def test_the_vector_of_the_next_input_multiplies_behind_the_op(gpu, built, recipe):
+    """It stood between up and the product; in float32 there is no difference."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.RMSNorm(64), Mlp()
+
+        def forward(self, x: T) -> T:
+            return self.mlp(self.norm(x))
+
+    with torch.no_grad():
+        torch.compile(Normed().bfloat16(), backend="qcompile", options={"recipe": recipe, "lower": "eager"})(half(2, 5, 64))
+    lines = text(built[-1].lowered).splitlines()
+    at = next(i for i, line in enumerate(lines) if "linear_glu(" in line)
+    y, scaled, cast = (line.partition(" = ") for line in lines[at : at + 3])
+    assert scaled[2].startswith(f"mul({y[0]}, ") and scaled[2].endswith("_smooth)") and cast[2] == f"{scaled[0]}.to(bfloat16)"
+    assert built[-1].lowered.meta["glu"] == {"mlp.gate": "silu"}
+
+
 FOUND = {
     "silu": (lambda g, u: F.silu(g) * u, "silu"), "in place": (lambda g, u: F.silu(g, inplace=True) * u, "silu"), "gelu": (lambda g, u: F.gelu(g) * u, "gelu"),
     "gelu tanh": (lambda g, u: u * nn.GELU("tanh")(g), "gelu_tanh"), "relu": (lambda g, u: torch.mul(g.relu(), u), "relu"), "sigmoid": (lambda g, u: torch.sigmoid(g) * u, "sigmoid"),
