@@ -14,10 +14,13 @@ import jinja2
 FOLDER = Path(tempfile.gettempdir()) / "qcompile_standalone"
 
 
-def render(template: str, shapes: Mapping[str, Sequence[int]], constants: Sequence[str], out: str = "tl.bfloat16") -> str:
-    """Source of a module with one kernel ``run(*pointers, OUT, *constants)``. ``shapes``: name of a pointer -> shape of its contiguous tensor; the output is contiguous, (..., M, N)."""
+def render(template: str, shapes: Mapping[str, Sequence[int]], constants: Sequence[str], out: str = "tl.bfloat16", columns: int | None = None) -> str:
+    """Source of a module with one kernel ``run(*pointers, OUT, *constants)``. ``shapes``: name of a pointer -> shape of its contiguous tensor; the output is contiguous, (..., M, N).
+
+    ``columns``: N, where it is not the number of the weight's rows.
+    """
     names: list[str] = []
-    sizes = {"M": shapes["X"][0], "N": shapes["W"][-2]}
+    sizes = {"M": shapes["X"][0], "N": columns or shapes["W"][-2]}
 
     def def_kernel(*given: str) -> str:
         names.extend(given)

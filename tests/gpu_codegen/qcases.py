@@ -64,6 +64,17 @@ class Chain(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh") + residual)
 
 
+class Gated(nn.Module):
+    """The gated half of a SwiGLU MLP."""
+
+    def __init__(self, k: int = 256, n: int = 512) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False)
+
+    def forward(self, x: T) -> T:
+        return F.silu(self.gate(x)) * self.up(x)
+
+
 class SwiGLU(nn.Module):
     def __init__(self, k: int = 256, n: int = 512) -> None:
         super().__init__()
@@ -175,4 +186,23 @@ def regimes() -> Parts:
     torch._dynamo.reset()
     tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "GROUP_M": 8}
     parts.update(quantized(nn.Linear(1024, 512).eval().to(torch.bfloat16), (bf16(8, 1024),), {"split": {"recipe": "W4A16"}}))
+    return parts
+
+
+def gated() -> Parts:
+    """Gate, up and SiLU with few, some and many rows, in the tiles of an 8B model, and with a row count that is dynamic."""
+    import dataclasses
+
+    from qcompile.kernels import tuned
+
+    real = tuned.config
+    tuned.config = lambda c: real(dataclasses.replace(c, n=28672, k=4096))
+    parts: Parts = {}
+    for rows, dynamic in ((1, None), (16, None), (64, None), (200, None), (4096, None), (48, True), (192, True), (1024, True)):
+        torch._dynamo.reset()
+        names = ("W4A16", "W4A8", "W8A8", "FP8") if dynamic else ("W4A16", "W4A8", "W8A8", "W8A16", "FP8", "NF4")
+        model = Gated().eval().to(torch.bfloat16)
+        parts.update(quantized(model, (bf16(rows, 256),), {f"{name} {'dynamic ' if dynamic else ''}{rows}": {"recipe": name} for name in names}, dynamic))
+    torch._dynamo.reset()
+    parts.update(quantized(Gated(192, 40).eval().to(torch.bfloat16), (bf16(2, 33, 192),), {"ragged": {"recipe": "W4A8"}}))
     return parts
