@@ -65,14 +65,14 @@ class Chain(nn.Module):
 
 
 class Gated(nn.Module):
-    """The gated half of a SwiGLU MLP."""
+    """The gated half of a SwiGLU MLP, or of one with another activation."""
 
-    def __init__(self, k: int = 256, n: int = 512) -> None:
+    def __init__(self, k: int = 256, n: int = 512, activation: Callable[[T], T] = F.silu) -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False)
+        self.gate, self.up, self.activation = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False), activation
 
     def forward(self, x: T) -> T:
-        return F.silu(self.gate(x)) * self.up(x)
+        return self.activation(self.gate(x)) * self.up(x)
 
 
 class SwiGLU(nn.Module):
@@ -203,6 +203,10 @@ def gated() -> Parts:
         names = ("W4A16", "W4A8", "W8A8", "FP8") if dynamic else ("W4A16", "W4A8", "W8A8", "W8A16", "FP8", "NF4")
         model = Gated().eval().to(torch.bfloat16)
         parts.update(quantized(model, (bf16(rows, 256),), {f"{name} {'dynamic ' if dynamic else ''}{rows}": {"recipe": name} for name in names}, dynamic))
-    torch._dynamo.reset()
-    parts.update(quantized(Gated(192, 40).eval().to(torch.bfloat16), (bf16(2, 33, 192),), {"ragged": {"recipe": "W4A8"}}))
+    from qcompile.kernels.linear_glu import ACTIVATIONS
+
+    for name in ("ragged", *ACTIVATIONS):
+        torch._dynamo.reset()
+        model = Gated(192, 40, ACTIVATIONS[name if name in ACTIVATIONS else "silu"].fn).eval().to(torch.bfloat16)
+        parts.update(quantized(model, (bf16(2, 33, 192),), {name: {"recipe": "W4A8" if name == "ragged" else "W8A8"}}))
     return parts
