@@ -234,8 +234,8 @@ def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config
     whole = rows is not None and rows % config["BLOCK_M"] == 0
     about = (gate.name, "" if gate.first else "up first") if gate is not None else ()
     name = tiles.template_name(op, "stream", "split" if split else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot, *about)
-    text = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate)  # noqa: E731
-    source = lambda: text().kernel(HEADER if gate is None else GATED_HEADER, SPLIT_FOOTER if split else tiles.FOOTER)  # noqa: E731
+    header, footer = HEADER if gate is None else GATED_HEADER, SPLIT_FOOTER if split else tiles.FOOTER
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate).kernel(header, footer)  # noqa: E731
     if not split:
         return compat.lower_template(name, source, inputs, (m, c.n if gate is None else c.n // 2), [config], grid)
     return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))

