@@ -3,11 +3,15 @@ second one. Each weight is decoded once for all rows of a tile, however few. ``y
 
 The K loop takes 128 columns a step: one packed block, whose halves are two operands of 64, or one plain tile. Scales of groups are fetched a step ahead.
 ``UNROLL`` steps make one turn of the loop. ``SPLIT`` programs may share a tile, each with its part of K: the output is then (SPLIT, M, N), and what reads it adds the parts up, in order.
+
+A *gated* loop (``kernels/linear_glu.py``) has two sums: rows ``rn`` of the weight and the rows as far behind them as half of all, which meet the same tile of activations. What has two of
+everything, tiles of weights, scales, sums, is named with the endings ``GATED``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,21 +63,35 @@ HEADER = tiles.SIZES + """\
 """
 
 SPLIT_FOOTER = tiles.FOOTER.replace('("idx_m", "idx_n")', '("part_k", "idx_m", "idx_n")')
+GATED_HEADER = HEADER.replace('N = {{size("W", 0)}}', 'N = {{size("W", 0)}} // 2')
+PLAIN, GATED = ("",), ("", "_up")
+"""Endings of the names of what belongs to one of the sums."""
 
 
-def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False) -> tiles.Loop:
-    """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32.
+@dataclass(frozen=True)
+class Gate:
+    """What a gated loop makes of its two sums: ``text``, an expression of ``acc``, times the other. ``first``: the gate's rows are the first half of the weight's."""
+
+    name: str
+    text: str
+    first: bool = True
+
+
+def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None) -> tiles.Loop:
+    """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32. ``n``: rows of the weight, both halves where it is gated.
 
     ``whole``: every row of every tile is one of M. Rows that are not are masked: read from elsewhere, a single row of activations would be asked for sixteen times by every program.
     """
-    return _Text(x, w, n, k, dot, split, whole).loop()
+    return _Text(x, w, n, k, dot, split, whole, gate).loop()
 
 
 class _Text:
     """The statements of one loop. A *piece* is what one dot takes: (columns, where they start in the step); pieces between two scales share a sum."""
 
-    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool) -> None:
-        self.x, self.w, self.n, self.k, self.dot, self.split, self.whole = x, w, n, k, dot, split, whole
+    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None) -> None:
+        assert gate is None or not split, "parts of sums cannot be added up before the activation"
+        self.x, self.w, self.n, self.k, self.dot, self.split, self.whole, self.gate = x, w, n, k, dot, split, whole, gate
+        self.sums = PLAIN if gate is None else GATED
         self.integer = dot == "tl.int8"
         self.out = "tl.int32" if self.integer else "tl.float32"
         self.packed = w.packing != "plain"
@@ -91,17 +109,23 @@ class _Text:
             step += self._fetch(f"k + {BLOCK}")
         live = [] if self.whole else ["    live = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]"]
         lines = [*self._range(), *live, f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})"]
-        lines.append(f"    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype={'tl.float32' if self.by_group else self.out})")
+        kind = "tl.float32" if self.by_group else self.out
+        lines += [f"    acc{u} = tl.zeros((BLOCK_N, BLOCK_M), dtype={kind})" for u in self.sums]
         if self.by_group:
             lines.append(tiles.block("\n".join(self._fetch("start")), 1))
         elif self.w.zero == "point":
-            lines.append(f"    z0 = tl.load({tiles.group_index(self.w, self.n, self.k, 'Z', '0')})")
+            lines += [f"    z0{u} = tl.load({self._index('Z', '0', u)})" for u in self.sums]
         lines += [f"    for k in tl.range(start, stop, {BLOCK}, loop_unroll_factor=UNROLL):", tiles.block("\n".join(step), 2), *self._scaled(), "    acc = tl.trans(acc)"]
         pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",))
         return tiles.Loop(pointers, "\n".join(lines))
 
+    def _index(self, name: str, columns: str, u: str) -> str:
+        return tiles.group_index(self.w, self.n, self.k, name, columns, f"rn{u}")
+
     def _range(self) -> list[str]:
         lines = tiles.SWIZZLE.strip("\n").splitlines()
+        if self.gate is not None:
+            lines += ["    rn_up = rn + N"] if self.gate.first else ["    rn_up = rn", "    rn = rn + N"]
         if not self.split:
             return [*lines, "    start = 0", "    stop = K"]
         return [*lines, f"    span = (K + {BLOCK} * SPLIT - 1) // ({BLOCK} * SPLIT) * {BLOCK}", "    start = part_k * span", "    stop = tl.minimum(start + span, K)"]
@@ -114,18 +138,19 @@ class _Text:
         lines = []
         if self.packed:
             assert self.decoder is not None
-            lines += [f"code = tl.load(W + rn[:, None] * stride_wn + (k // {BLOCK} * {SUB} + column)[None, :])", self.decoder.call("code", "w0", "w1")]
+            for u in self.sums:
+                lines += [f"code{u} = tl.load(W + rn{u}[:, None] * stride_wn + (k // {BLOCK} * {SUB} + column)[None, :])", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}")]
         for i, (columns, at) in enumerate(self._pieces()):
             index = f"k + {at} + {'column' if columns == SUB else 'wide'}"
             inside = [] if self.even else [f"({index} < K)[None, :]"]
             lines.append(f"x{i} = tl.load(X + rm[:, None] * stride_xm + ({index})[None, :]{_mask([*([] if self.whole else ['live']), *inside], self.integer)})")
-            if not self.packed:
-                name = f"code{i}" if self.decoder else f"w{i}"
-                lines.append(f"{name} = tl.load(W + rn[:, None] * stride_wn + ({index})[None, :]{_mask(inside, self.w.fmt.kind == 'int')})")
+            for u in self.sums if not self.packed else ():
+                name = f"code{i}{u}" if self.decoder else f"w{i}{u}"
+                lines.append(f"{name} = tl.load(W + rn{u}[:, None] * stride_wn + ({index})[None, :]{_mask(inside, self.w.fmt.kind == 'int')})")
                 if self.decoder:
-                    lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}"))
+                    lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}{u}"))
                 elif not self.integer and self.x is None:
-                    lines.append(f"w{i} = w{i}.to({self.dot})")
+                    lines.append(f"w{i}{u} = w{i}{u}.to({self.dot})")
         return lines
 
     def _sums(self) -> list[str]:
@@ -135,17 +160,20 @@ class _Text:
         pieces = range(len(self._pieces()))
         for i in pieces:
             s = i if self.fine else 0
-            if point and not self.integer:
-                lines.append(f"w{i} = w{i} - z{s}.to(tl.float32).to({self.dot})[:, None]")
-            into = "acc" if not self.by_group else f"part{s}"
-            begun = not self.by_group or (i > 0 and not self.fine)
-            lines.append(f"{into} = tl.dot(w{i}, tl.trans(x{i}), {f'{into}, ' if begun else ''}out_dtype={self.out})")
-            if point and self.integer:  # z * sum(x) is what the codes have too much
-                lines.append(f"{into} -= z{s}.to(tl.int32)[:, None] * {self.factor} * tl.sum(x{i}.to(tl.int32), 1)[None, :]")
+            for u in self.sums:
+                if point and not self.integer:
+                    lines.append(f"w{i}{u} = w{i}{u} - z{s}{u}.to(tl.float32).to({self.dot})[:, None]")
+                into = f"acc{u}" if not self.by_group else f"part{s}{u}"
+                begun = not self.by_group or (i > 0 and not self.fine)
+                lines.append(f"{into} = tl.dot(w{i}{u}, tl.trans(x{i}), {f'{into}, ' if begun else ''}out_dtype={self.out})")
+                if point and self.integer:  # z * sum(x) is what the codes have too much
+                    lines += [f"sum{i} = tl.sum(x{i}.to(tl.int32), 1)"] if u == self.sums[0] else []
+                    lines.append(f"{into} -= z{s}{u}.to(tl.int32)[:, None] * {self.factor} * sum{i}[None, :]")
         if self.by_group:
             for s in pieces if self.fine else (0,):
-                value = f"part{s}.to(tl.float32) * s{s}[:, None]" + (f" * sx{s}[None, :]" if self.x_group < self.k else "")
-                lines.append(f"acc += {value}")
+                for u in self.sums:
+                    value = f"part{s}{u}.to(tl.float32) * s{s}{u}[:, None]" + (f" * sx{s}[None, :]" if self.x_group < self.k else "")
+                    lines.append(f"acc{u} += {value}")
         return lines
 
     def _fetch(self, at: str) -> list[str]:
@@ -153,27 +181,34 @@ class _Text:
         lines = []
         for s in (0, 1) if self.fine else (0,):
             column = f"tl.minimum({at}{f' + {SUB}' if s else ''}, K - 1)"
-            lines.append(f"s{s} = tl.load({tiles.group_index(self.w, self.n, self.k, 'S', column)}).to(tl.float32)")
-            if self.w.zero == "point":
-                lines.append(f"z{s} = tl.load({tiles.group_index(self.w, self.n, self.k, 'Z', column)})")
+            for u in self.sums:
+                lines.append(f"s{s}{u} = tl.load({self._index('S', column, u)}).to(tl.float32)")
+                if self.w.zero == "point":
+                    lines.append(f"z{s}{u} = tl.load({self._index('Z', column, u)})")
             if self.x_group < self.k:
                 lines.append(f"sx{s} = tl.load(SX + rm * {-(-self.k // self.x_group)} + {column} // {self.x_group})")
         return lines
 
     def _scaled(self) -> list[str]:
-        """What multiplies the sums once: scales of whole rows, of the input, the decoder's factor."""
-        lines = ["    acc = acc.to(tl.float32)"] if self.integer and not self.by_group else []
-        if not self.by_group:
-            lines.append(f"    acc = acc * tl.load({tiles.group_index(self.w, self.n, self.k, 'S', '0')}).to(tl.float32)[:, None]")
+        """What multiplies the sums once: scales of whole rows, of the input, the decoder's factor. Then, where there are two, the activation of one times the other."""
+        lines = []
+        for u in self.sums:
+            if self.integer and not self.by_group:
+                lines.append(f"    acc{u} = acc{u}.to(tl.float32)")
+            lines += [f"    acc{u} = acc{u} * {factor}" for factor in self._factors(u)]
+        return lines if self.gate is None else [*lines, f"    acc = ({self.gate.text}) * acc_up"]
+
+    def _factors(self, u: str) -> list[str]:
+        factors = [] if self.by_group else [f"tl.load({self._index('S', '0', u)}).to(tl.float32)[:, None]"]
         if self.w.scale is not None:
-            lines.append("    acc = acc * tl.load(SS" + (" + rn" if self.w.scale.group[0] == 1 else "") + ").to(tl.float32)" + ("[:, None]" if self.w.scale.group[0] == 1 else ""))
+            factors.append(f"tl.load(SS + rn{u}).to(tl.float32)[:, None]" if self.w.scale.group[0] == 1 else "tl.load(SS).to(tl.float32)")
         if self.factor != 1:
-            lines.append(f"    acc = acc * {1 / self.factor!r}")
+            factors.append(repr(1 / self.factor))
         if self.x is not None and self.x.group == GROUPS["tensor"]:
-            lines.append("    acc = acc * tl.load(SX)")
+            factors.append("tl.load(SX)")
         elif self.x is not None and self.x_group >= self.k:
-            lines.append("    acc = acc * tl.load(SX + rm)[None, :]")
-        return lines
+            factors.append("tl.load(SX + rm)[None, :]")
+        return factors
 
 
 def _mask(conditions: Sequence[str], integer: bool) -> str:
@@ -191,14 +226,16 @@ def split_grid(s: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tu
     return grid(m, n, meta, cdiv=cdiv)
 
 
-def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config: dict[str, int]) -> Any:
-    """Inductor's node: (M, N) float32. ``inputs`` begin with x."""
+def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config: dict[str, int], gate: Gate | None = None) -> Any:
+    """Inductor's node: (M, N) float32, N half of the weight's rows where it is gated. ``inputs`` begin with x."""
     split = config["SPLIT"] > 1
     m = compat.sizes(inputs[0])[0]
     rows = compat.static_int(m)
     whole = rows is not None and rows % config["BLOCK_M"] == 0
-    name = tiles.template_name(op, "stream", "split" if split else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
-    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole).kernel(HEADER, SPLIT_FOOTER if split else tiles.FOOTER)  # noqa: E731
+    about = (gate.name, "" if gate.first else "up first") if gate is not None else ()
+    name = tiles.template_name(op, "stream", "split" if split else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot, *about)
+    header, footer = HEADER if gate is None else GATED_HEADER, SPLIT_FOOTER if split else tiles.FOOTER
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate).kernel(header, footer)  # noqa: E731
     if not split:
-        return compat.lower_template(name, source, inputs, (m, c.n), [config], grid)
+        return compat.lower_template(name, source, inputs, (m, c.n if gate is None else c.n // 2), [config], grid)
     return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))

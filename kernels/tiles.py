@@ -82,10 +82,10 @@ def _minifloat(fmt: Format) -> str:
     )
 
 
-def group_index(scheme: Scheme, n: int, k: int, name: str, columns: str) -> str:
-    """Address of the scale of each weight row at ``columns`` (a scalar or a row vector expression): ``name`` is the pointer, strides are ``stride_<name>n``, 1."""
+def group_index(scheme: Scheme, n: int, k: int, name: str, columns: str, rows: str = "rn") -> str:
+    """Address of the scale of each weight row of ``rows`` at ``columns`` (a scalar or a row vector expression): ``name`` is the pointer, strides are ``stride_<name>n``, 1."""
     r, c = scheme.extent(n, k)
-    row = "rn" if r == 1 else f"(rn // {r})"
+    row = rows if r == 1 else f"({rows} // {r})"
     column = "0" if c >= k else f"({columns}) // {c}"
     if columns == "kk":
         return f"{name} + {row}[:, None] * stride_{name}n + ({column} + tl.zeros_like(kk))[None, :]"

@@ -50,6 +50,26 @@ def config(c: Case) -> dict[str, int]:
     return {**chosen, "GROUP_M": GROUP_M}
 
 
+def gated(c: Case) -> dict[str, int]:
+    """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both), made from the plain product's: half as large, so that as many sums are kept.
+    Nothing is split, since parts of a sum mean nothing to the activation.
+
+    Wide tiles lose half of their rows of activations: halved the other way, warps that share an operand would decode it twice. With few rows a tile has half as many columns, and each warp
+    keeps sixteen of them. 16-bit operands are held in registers, of two tiles here, which leaves room for 64 rows of sums, and the tables of 4-bit formats for half as many a thread:
+    compiled for sm_90, nothing spills (``tests/gpu_codegen``).
+    """
+    tile = {**config(c), "SPLIT": 1}
+    rows, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
+    if rows > 64:
+        rows = 64 if c.input is None else rows // 2
+    elif columns >= 32:
+        columns //= 2
+        warps = warps if rows == 64 else min(warps, columns // 16)
+    if rows == 64 and c.input is None and c.weight.fmt.kind != "int" and c.weight.fmt.bits == 4:
+        warps = 8
+    return {**tile, "BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps}
+
+
 def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: int) -> Tile:
     most = max(size[0] for size in known)
     wanted = min((size[0] for size in known if m is not None and size[0] >= m), default=most)

@@ -13,6 +13,7 @@ if __name__ == "qcompile.passes":
     from . import adaround, aqas, awq, gptq, rtn, sequential_mse, smooth
     from .attend import attend
     from .find_sites import find_sites
+    from .glu import glu
     from .infra import Pass
     from .lower import lower
     from .match import match
@@ -22,7 +23,7 @@ if __name__ == "qcompile.passes":
     from .observe import observe
     from .transform import transform
 
-    PASSES: dict[str, Pass] = {p.name: p for p in (normalize, find_sites, match, observe, transform, merge, attend, lower)}
+    PASSES: dict[str, Pass] = {p.name: p for p in (normalize, find_sites, match, observe, transform, merge, attend, lower, glu)}
     TRANSFORMS: dict[str, Transform] = {t.name: t for t in (smooth.TRANSFORM, awq.TRANSFORM, aqas.TRANSFORM)}
     SOLVERS: dict[str, Solver] = {s.name: s for s in (rtn.SOLVER, gptq.SOLVER, adaround.SOLVER, sequential_mse.SOLVER)}
     __all__ = ["PASSES", "SOLVERS", "TRANSFORMS", "Pass"]

@@ -14,6 +14,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.recipe import Choice
 
 from . import experts, outliers
+from .glu import pairs
 from .infra import graph_pass
 from .sites import Site, example
 
@@ -24,17 +25,27 @@ DEVICES = ("cuda", "cpu")
 @graph_pass(after=("match",))
 def merge(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Fill ``gm.meta["merged"]``: name of a site -> names of all sites of its product, itself included, in the order of the graph. Sites that stay alone are not in it."""
-    groups: dict[tuple[object, ...], list[str]] = {}
+    keys: dict[str, tuple[object, ...]] = {}
     refused: dict[str, Skip] = {}
+    nodes: dict[str, fx.Node] = {}
     for node in gm.graph.nodes:
         choice = gm.meta["plan"].get(node.meta.get("site", ""))
         if not isinstance(choice, Choice):
             continue
         site = gm.meta["sites"][node.meta["site"]]
+        nodes[site.name] = node
         if (reason := _alone(node, site, choice)) is not None:
             refused[site.name] = reason
         else:
-            groups.setdefault((node.args[0], example(node).dtype, choice.input, choice.weight, choice.methods, choice.smooth, choice.heads, site.k, site.dtype), []).append(site.name)
+            keys[site.name] = (node.args[0], example(node).dtype, choice.input, choice.weight, choice.methods, choice.smooth, choice.heads, site.k, site.dtype)
+    gated = {name: pair for name, pair in pairs(gm).items() if all(p in keys and keys[p] == keys[name] for p in pair)}
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, key in keys.items():
+        given = gm.meta["plan"][name].input
+        if name not in gated and given is not None and given.static and _requantized(nodes[name]):
+            refused[name] = Skip("the next linear's quantization is in its store")
+        else:
+            groups.setdefault((*key, gated.get(name)), []).append(name)  # a pair is one kernel with its activation: nothing else may read it
     gm.meta["merged"] = {name: tuple(names) for names in groups.values() if len(names) > 1 for name in names}
     gm.meta["unmerged"] = refused
     gm.meta["note"] = f"{len(gm.meta['merged'])} linears in {len(set(gm.meta['merged'].values()))} products"
@@ -55,8 +66,6 @@ def _alone(node: fx.Node, site: Site, choice: Choice) -> Skip | None:
         return Skip("the module holds its codes")
     if node.args[2:3] not in ((), (None,)) or choice.corrected:
         return Skip("its bias is added in its own store")
-    if choice.input is not None and choice.input.static and _requantized(node):
-        return Skip("the next linear's quantization is in its store")
     return None
 
 

@@ -15,9 +15,10 @@ from torch import fx
 from qcompile import compat
 from qcompile.kernels.op import NAMESPACE
 
-PRODUCTS = ("linear", "scaled_linear", "grouped_linear")
+PRODUCTS = ("linear", "scaled_linear", "linear_glu", "grouped_linear")
 CAST = torch.ops.prims.convert_element_type.default
-ADD = torch.ops.aten.add.Tensor
+BY_COLUMN = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
+"""With a vector: a bias, or factors that smooth the next linear's input."""
 
 
 def narrow(graph: fx.Graph) -> None:
@@ -35,7 +36,7 @@ def is_product(node: Any, names: tuple[str, ...]) -> bool:
 
 
 def cast_behind(product: fx.Node) -> fx.Node | None:
-    """The cast to 16 bits that alone reads the product, or its sum with a bias."""
+    """The cast to 16 bits that alone reads the product, or its sum or product with a vector."""
     node = product
     for _ in range(2):
         if len(node.users) != 1:
@@ -44,7 +45,7 @@ def cast_behind(product: fx.Node) -> fx.Node | None:
         if user.target is CAST:
             dtype = user.args[1]
             return user if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 2 else None
-        if user.target is not ADD or any(isinstance(a, fx.Node) and a is not node and a.meta["val"].dim() != 1 for a in user.args):
+        if user.target not in BY_COLUMN or any(isinstance(a, fx.Node) and a is not node and a.meta["val"].dim() != 1 for a in user.args):
             return None
         node = user
     return None

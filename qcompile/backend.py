@@ -90,7 +90,7 @@ class CompiledGraph:
         self.plan = planned.meta["plan"]
         self.signature = signature(planned)
         self._check(planned)
-        lowered = self._run([PASSES["lower"]], planned, context)
+        lowered = self._run([PASSES["lower"], PASSES["glu"]], planned, context)
         self.kernels: dict[str, str | Skip] = lowered.meta["kernels"]
         self.slots: list[Slot] = lowered.meta["slots"]
         self.merged: dict[str, tuple[str, ...]] = lowered.meta["merged"]

@@ -46,8 +46,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "inductor": (dict,),
 }
 PIPELINE = ("normalize", "find_sites", "match", "observe")
-"""Passes that always run before those that a user names; ``lower`` runs after them."""
-OURS = (*PIPELINE, "transform", "merge", "attend", "lower")
+"""Passes that always run before those that a user names; ``lower`` and ``glu`` run after them."""
+OURS = (*PIPELINE, "transform", "merge", "attend", "lower", "glu")
 """Passes that run by themselves."""
 LATER = {"output": "output schemes", "train": "training recipes"}
 """Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""

@@ -28,7 +28,7 @@ def report() -> qcompile.Report:
 
 def masked(text: str) -> str:
     """Times of passes as dashes, and nothing of what this CPU has kernels for."""
-    text = re.sub(r"^((?:normalize|find_sites|match|observe|merge|lower) +\d+ +\d+) +[\d.]+", r"\1  --", text, flags=re.M)
+    text = re.sub(r"^((?:normalize|find_sites|match|observe|merge|lower|glu) +\d+ +\d+) +[\d.]+", r"\1  --", text, flags=re.M)
     text = re.sub(r"-{20,}$", "-----", text, flags=re.M)
     return re.sub(r", \d+ without a kernel|^\n?note: .* are emulated.*", "", text, flags=re.M)
 
@@ -67,7 +67,8 @@ find_sites       1             16  --  8 linears
 match            1             16  --  6 of 8 linears get a scheme
 observe          1              0  --
 merge            1              0  --  0 linears in 0 products
-lower            1             35  --  6 linears lowered""",
+lower            1             35  --  6 linears lowered
+glu              1              0  --  0 gated products""",
         )
 
     def test_weight_only(self) -> None:
@@ -100,7 +101,8 @@ find_sites       1              4  --  2 linears
 match            1              4  --  1 of 2 linears get a scheme
 observe          1              0  --
 merge            1              0  --  0 linears in 0 products
-lower            1              5  --  1 linears lowered""",
+lower            1              5  --  1 linears lowered
+glu              1              0  --  0 gated products""",
         )
 
 
@@ -145,7 +147,7 @@ def test_json(report):
     data = json.loads(report.to_json())
     assert data == json.loads(json.dumps(report.to_dict())) and set(data) == {"sites", "kept", "graphs", "totals", "notes"}
     assert data["sites"][0]["name"] == "layers.0.up" and data["sites"][0]["shape"] == [128, 64]
-    assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower"]
+    assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu"]
     assert data["totals"]["coverage"] == report.totals.coverage
     with pytest.raises(ValueError, match="JSON"):
         dataclasses.replace(report, sites=(dataclasses.replace(report.sites[0], bits=float("nan")),)).to_json()

@@ -16,10 +16,13 @@ Parts = dict[str, tuple[Generated, dict[str, Any]]]
 
 def quantized(model: Callable[..., Any], inputs: Any, options: Mapping[str, Mapping[str, Any]], dynamic: bool | None = None) -> Parts:
     """Code for each of `options`, from one capture by Dynamo."""
-    from qcompile import backend
+    from qcompile import backend, compat
     from qcompile.passes.infra import text
 
     warnings.simplefilter("ignore")
+    glu = sys.modules["qcompile.passes.glu"]  # asks about the device before Inductor is told that it is an H200
+    glu.device_of = lambda value: torch.device("cuda")  # type: ignore[attr-defined]
+    compat.capability = lambda device: (9, 0)
     graphs: list[Any] = []
 
     def every(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
@@ -59,6 +62,17 @@ class Chain(nn.Module):
 
     def forward(self, x: T, residual: T) -> T:
         return self.down(F.gelu(self.up(x), approximate="tanh") + residual)
+
+
+class Gated(nn.Module):
+    """The gated half of a SwiGLU MLP, or of one with another activation."""
+
+    def __init__(self, k: int = 256, n: int = 512, activation: Callable[[T], T] = F.silu) -> None:
+        super().__init__()
+        self.gate, self.up, self.activation = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False), activation
+
+    def forward(self, x: T) -> T:
+        return self.activation(self.gate(x)) * self.up(x)
 
 
 class SwiGLU(nn.Module):
@@ -190,4 +204,27 @@ def regimes() -> Parts:
     torch._dynamo.reset()
     tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "GROUP_M": 8}
     parts.update(quantized(nn.Linear(1024, 512).eval().to(torch.bfloat16), (bf16(8, 1024),), {"split": {"recipe": "W4A16"}}))
+    return parts
+
+
+def gated() -> Parts:
+    """Gate, up and SiLU with few, some and many rows, in the tiles of an 8B model, and with a row count that is dynamic."""
+    import dataclasses
+
+    from qcompile.kernels import tuned
+
+    real = tuned.config
+    tuned.config = lambda c: real(dataclasses.replace(c, n=28672, k=4096))
+    parts: Parts = {}
+    for rows, dynamic in ((1, None), (16, None), (64, None), (200, None), (4096, None), (48, True), (192, True), (1024, True)):
+        torch._dynamo.reset()
+        names = ("W4A16", "W4A8", "W8A8", "FP8") if dynamic else ("W4A16", "W4A8", "W8A8", "W8A16", "FP8", "NF4")
+        model = Gated().eval().to(torch.bfloat16)
+        parts.update(quantized(model, (bf16(rows, 256),), {f"{name} {'dynamic ' if dynamic else ''}{rows}": {"recipe": name} for name in names}, dynamic))
+    from qcompile.kernels.linear_glu import ACTIVATIONS
+
+    for name in ("ragged", *ACTIVATIONS):
+        torch._dynamo.reset()
+        model = Gated(192, 40, ACTIVATIONS[name if name in ACTIVATIONS else "silu"].fn).eval().to(torch.bfloat16)
+        parts.update(quantized(model, (bf16(2, 33, 192),), {name: {"recipe": "W4A8" if name == "ragged" else "W8A8"}}))
     return parts

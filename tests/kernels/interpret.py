@@ -1,4 +1,5 @@
-"""Runs streamed products in Triton's interpreter, in a process of its own (the variable must be set before Triton is imported): prints the largest error of each case.
+"""Runs streamed products in Triton's interpreter, in a process of its own (the variable must be set before Triton is imported): prints the largest error of each case. With the argument
+"gated" it runs gated ones.
 
 The interpreter has no inline PTX, so each decoder is replaced by Triton statements of the same meaning; `test_decode.py` runs the PTX itself. It has no bfloat16 dot either: float16 and int8.
 """
@@ -16,7 +17,7 @@ from standalone import load, render
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
-from qcompile.kernels import decode, linear, scaled_linear, stream, tiles
+from qcompile.kernels import decode, linear, linear_glu, scaled_linear, stream, tiles
 from qcompile.kernels.quantize import reference as quantize_activations
 
 CASES = [
@@ -28,6 +29,9 @@ SIZES = [(1, 40, 256), (3, 33, 130), (32, 80, 520)]
 """Rows, N, K: K that ends inside a block of 128, N and rows that fill no tile."""
 TILES = [(16, 32, 1), (16, 32, 2), (32, 16, 4)]
 
+GATED = [(40, 33, 130), (1, 24, 256), (3, 17, 520)]
+"""The same for gated products, N being that of the output: rows of two halves that fill no tile, and reach into each other's."""
+
 
 def statements(self, source, *names):
     """What ``Decoder.call`` stands for, without PTX; the format is put in by ``check``."""
@@ -38,15 +42,16 @@ def statements(self, source, *names):
     return "\n".join(lines)
 
 
-def check(weight, given, m, n, k, tile):
+def check(weight, given, m, n, k, tile, gate=None):
     w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
     statements.scheme = w
-    values = torch.randn(n, k)
+    width = n if gate is None else 2 * n
+    values = torch.randn(width, k)
     q = quantize(values.abs() if w.fmt.lo == 0 and w.zero == "none" else values, w)
     rows = torch.randn(m, k)
     dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
     block_m, block_n, split = tile
-    loop = stream.loop(x, w, n, k, dot, split > 1, m % block_m == 0)
+    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate)
     tensors = {"X": rows.half(), **dict(zip(["W", "S", *(p for p in loop.pointers if p in ("SS", "Z"))], q.flatten()))}
     if given:
         codes, scale = quantize_activations(rows, [], given)
@@ -54,16 +59,34 @@ def check(weight, given, m, n, k, tile):
         truth = scaled_linear.reference(codes, [scale], q.flatten(), f"{given} @ {weight}")
     else:
         truth = linear.reference(tensors["X"], q.flatten(), weight)
+    if gate is not None:
+        halves = truth[:, :n].double(), truth[:, n:].double()
+        truth = linear_glu.ACTIVATIONS[gate.name].fn(halves[not gate.first]) * halves[gate.first]
     out = torch.full((split, m, n) if split > 1 else (m, n), float("nan"))
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT": split, "UNROLL": 1}
-    template = loop.kernel(stream.HEADER, stream.SPLIT_FOOTER if split > 1 else tiles.FOOTER)
-    run = load(render(template, {name: tuple(t.shape) for name, t in tensors.items()}, list(constants), "tl.float32"))
+    template = loop.kernel(stream.HEADER if gate is None else stream.GATED_HEADER, stream.SPLIT_FOOTER if split > 1 else tiles.FOOTER)
+    run = load(render(template, {name: tuple(t.shape) for name, t in tensors.items()}, list(constants), "tl.float32", (m, n)))
     run[(-(-m // block_m) * -(-n // block_n) * split,)](*(tensors[name].contiguous() for name in ("X", "W", "S", *loop.pointers)), out, **constants)
     y = out.sum(0) if split > 1 else out
     return float((y - truth).norm() / truth.norm())
 
 
+def plain():
+    return [[weight, given, *size, *tile, check(weight, given, *size, tile)] for weight, given in CASES for size, tile in zip(SIZES, TILES)]
+
+
+def gated():
+    """Every format with one activation and either order, every activation with one format."""
+    rows = []
+    for i, (weight, given) in enumerate([*CASES, *[("int8.row", "int8.row")] * len(linear_glu.ACTIVATIONS)]):
+        name = list(linear_glu.ACTIVATIONS)[i - len(CASES)] if i >= len(CASES) else "silu"
+        gate = stream.Gate(name, linear_glu.ACTIVATIONS[name].text, first=i % 2 == 0)
+        size, (block_m, block_n, _) = GATED[i % 3], TILES[i % 3]
+        rows.append([weight, given, name, gate.first, *size, check(weight, given, *size, (block_m, block_n, 1), gate)])
+    return rows
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     decode.Decoder.call = statements
-    print(json.dumps([[weight, given, *size, *tile, check(weight, given, *size, tile)] for weight, given in CASES for size, tile in zip(SIZES, TILES)]))
+    print(json.dumps(gated() if "gated" in sys.argv else plain()))

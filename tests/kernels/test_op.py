@@ -80,6 +80,13 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
         lambda: _scaled("int8.tensor", "nf4.g32/int8.row", 1, 96),
         lambda: _scaled("int8.row", "int8.row", 0, 96),
     ],
+    "linear_glu": [
+        lambda: (torch.randn(4, 96), [], weight("int4.g32", 24, 96), "int4.g32", "silu", True),
+        lambda: (torch.randn(2, 3, 100, dtype=torch.bfloat16), [], weight("nf4.g32/int8.row", 24, 100), "nf4.g32/int8.row", "gelu_tanh", False),
+        lambda: (*rows("int8.row", 2, 3, 96), weight("int8.row", 24, 96), "int8.row @ int8.row", "relu_squared", True),
+        lambda: (*rows("int8.g32", 4, 100), weight("int8.g32", 24, 100), "int8.g32 @ int8.g32", "gelu", True),
+        lambda: (torch.randn(0, 96), [], weight("int8.row", 24, 96), "int8.row", "sigmoid", False),
+    ],
     "columns": [
         lambda: (weight("int8.row", 24, 96), torch.tensor([3, 95, 0]), "int8.row", 96),
         lambda: (weight("int4.g32", 24, 100), torch.tensor([99]), "int4.g32", 100),

@@ -24,12 +24,14 @@ def case(weight: str, given: str | None = None, m: int | None = 1, n: int = 4096
 
 
 @pytest.mark.slow
-def test_the_loop_in_the_interpreter() -> None:
+@pytest.mark.parametrize(("which", "cases"), [("plain", 60), ("gated", 33)])
+def test_the_loop_in_the_interpreter(which: str, cases: int) -> None:
     pytest.importorskip("triton")
-    child = subprocess.run([sys.executable, str(Path(__file__).with_name("interpret.py"))], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    command = [sys.executable, str(Path(__file__).with_name("interpret.py")), which]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
     rows = json.loads(child.stdout.splitlines()[-1])
-    assert len(rows) >= 60
+    assert len(rows) >= cases
     for *about, error in rows:
         limit = 3e-4 if about[0].split(".")[0] in ("nf4", "fp4") else 1e-6  # tables of 16 values are rounded to float16
         assert error < limit, (about, error)
@@ -60,9 +62,18 @@ def test_float32_activations_are_not_streamed() -> None:
 def test_tiles_are_possible(m: int | None, n: int) -> None:
     """Powers of two, sixteen rows of weights for each warp at least."""
     for weight, given in (("int4.g128", None), ("int4.g128", "int8.row"), ("int8.row", "int8.row"), ("nf4.g64", None)):
-        tile = tuned.config(case(weight, given, m, n))
-        assert all(tile[name] & (tile[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps"))
-        assert tile["BLOCK_N"] >= 16 and 1 <= tile["SPLIT"] < 8 and tile["num_stages"] >= 1
+        for tile in (tuned.config(case(weight, given, m, n)), tuned.gated(case(weight, given, m, n))):
+            assert all(tile[name] & (tile[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps"))
+            assert tile["BLOCK_N"] >= 16 and 1 <= tile["SPLIT"] < 8 and tile["num_stages"] >= 1
+
+
+@pytest.mark.parametrize(("plain", "gated"), [((1, 16, 4, 1), (1, 16, 1, 1)), ((16, 64, 1, 4), (16, 32, 1, 2)), ((64, 128, 4, 8), (64, 64, 1, 8)), ((128, 128, 2, 8), (64, 128, 1, 8)), ((256, 128, 1, 8), (128, 128, 1, 8))])
+def test_a_gated_tile_keeps_as_many_sums(monkeypatch: pytest.MonkeyPatch, plain: tuple[int, ...], gated: tuple[int, ...]) -> None:
+    """BLOCK_M, BLOCK_N, SPLIT, warps. K is never in parts."""
+    rows, columns, split, warps = plain
+    monkeypatch.setattr(tuned, "rows", lambda: {"int8 @ int8": {(1, 4096, 4096): (rows, columns, split, 1, warps, 3)}})
+    tile = tuned.gated(case("int8.row", "int8.row"))
+    assert tuple(tile[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps")) == gated
 
 
 def test_the_nearest_row_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
