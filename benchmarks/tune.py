@@ -23,7 +23,7 @@ from standalone import load, render
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
-from qcompile.kernels import linear, scaled_linear, stream, tiles
+from qcompile.kernels import linear, linear_glu, scaled_linear, stream, tiles
 from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
 from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
@@ -31,8 +31,10 @@ from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the pool's processes: with a thread for each core in each of them nothing moves
 OUT = Path(__file__).resolve().parents[1] / "kernels" / "tuned.json"
 RECIPES = {"W4A8": ("int4.g128", "int8.row"), "W4A16": ("int4.g128", None), "W8A8": ("int8.row", "int8.row"), "FP8": ("e4m3.row", "e4m3.row"), "NF4": ("nf4.g64", None), "W8A16": ("int8.row", None)}
-SHAPES = ((14336, 4096), (4096, 14336), (6144, 4096))
-"""N, K: the wide, the long and the small linears of an 8B model. Other sizes take the nearest."""
+SHAPES = ((14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (28672, 4096), (128256, 4096), (3072, 2048), (2048, 8192))
+"""N, K: the wide and the long linear of an 8B model, q, k and v in one, o, gate and up in one, the head; small ones of a 1B model. Other sizes take the nearest."""
+GATED = ((28672, 4096), (16384, 2048))
+"""Gate and up with their activation, as one kernel."""
 EVERYWHERE = ("W4A8", "W4A16", "W8A8")
 """Recipes that are tuned for all shapes, the others for the first."""
 ROTATE, COPIES, REPLAYS = 6, 4, 7
@@ -42,6 +44,10 @@ BY_WARPS = ((16, 1), (32, 2), (64, 4))
 """BLOCK_N and warps: sixteen rows of weights for each, so that no warp decodes what another does."""
 
 
+Key = tuple[str, int, int, int, bool]
+"""Recipe, M, N, K, whether it is gated: one row of the table."""
+
+
 @dataclass(frozen=True)
 class Job:
     recipe: str
@@ -49,14 +55,25 @@ class Job:
     n: int
     k: int
     tile: Tile
+    gated: bool = False
 
 
-def candidates(recipe: str, m: int, n: int) -> Iterator[Tile]:
-    """Tiles worth a try. Few rows of weights want K in parts, to have enough programs."""
+def candidates(recipe: str, m: int, n: int, gated: bool = False) -> Iterator[Tile]:
+    """Tiles worth a try. Few rows of weights want K in parts, to have enough programs. A gated product keeps two sums and is never split."""
     parts = (1,) if n > 8192 else (1, 2, 4)
-    if m == 1:
-        turns = ((1, 4), (1, 6), (2, 3))
-        yield from ((rows, width, split, unroll, warps, stages) for rows in (1, 16) for width, warps in BY_WARPS for split in parts for unroll, stages in turns)
+    if gated:
+        turns = ((1, 4), (2, 3), (4, 2))
+        few = ((8, 1), (16, 1), (32, 2), (64, 4))
+        if m <= 16:
+            yield from ((rows, width, 1, unroll, warps, stages) for rows in ((1, 16) if m == 1 else (16,)) for width, warps in few for unroll, stages in turns)
+        elif m <= 64:
+            yield from ((64, width, 1, unroll, warps, stages) for width, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for unroll, stages in ((1, 3), (1, 4), (2, 3)))
+        elif m <= 256 or recipe in ("W4A8", "W8A8", "FP8"):
+            yield from ((rows, width, 1, 1, warps, stages) for rows, width, warps in ((64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 64, 8)) for stages in (3, 4))
+    elif m == 1:
+        turns = ((1, 6), (2, 3), (2, 5), (4, 2), (4, 3))
+        shapes = (*BY_WARPS[:2], (8, 1))
+        yield from ((rows, width, split, unroll, warps, stages) for rows in (1, 16) for width, warps in shapes for split in parts for unroll, stages in turns)
     elif m <= 16:
         shapes = (*BY_WARPS, (128, 4), (128, 8))
         yield from ((16, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 5), (2, 3)))
@@ -73,10 +90,10 @@ def candidates(recipe: str, m: int, n: int) -> Iterator[Tile]:
 def jobs(only: str | None) -> list[Job]:
     found = []
     for m in (1, 16, 64, 256, 4096):
-        for n, k in SHAPES if m <= 256 else SHAPES[:1]:
-            for recipe in RECIPES:
-                if (only is None or recipe == only) and ((n, k) == SHAPES[0] or recipe in EVERYWHERE):
-                    found += [Job(recipe, m, n, k, tile) for tile in candidates(recipe, m, n)]
+        for recipe in RECIPES if only is None else (only,):
+            shapes = SHAPES if recipe in EVERYWHERE and m <= 256 else SHAPES[:1]
+            found += [Job(recipe, m, n, k, tile) for n, k in shapes if n < 50000 or m <= 16 for tile in candidates(recipe, m, n)]
+            found += [Job(recipe, m, n, k, tile, True) for n, k in GATED if recipe in (*EVERYWHERE, "FP8") for tile in candidates(recipe, m, n, True)]
     return found
 
 
@@ -91,7 +108,8 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     c = case(job)
     dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
     split = job.tile[2] > 1
-    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0)
+    gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if job.gated else None
+    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0, gate)
     sample = quantize(torch.ones(16, job.k), c.weight).flatten()
     shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
     types = {"X": TYPES[c.dtype]}
@@ -99,8 +117,8 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
         shapes[name], types[name] = (job.n, *t.shape[1:]), TYPES[t.dtype]
     if c.input is not None:
         shapes["SX"], types["SX"] = (job.m, 1), "fp32"
-    template = loop.kernel(stream.HEADER, stream.SPLIT_FOOTER if split else tiles.FOOTER)
-    return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16"), types | {"OUT": "fp32" if split else "bf16"}
+    template = loop.kernel(stream.GATED_HEADER if job.gated else stream.HEADER, stream.SPLIT_FOOTER if split else tiles.FOOTER)
+    return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16", (job.m, job.n // 2 if job.gated else job.n)), types | {"OUT": "fp32" if split else "bf16"}
 
 
 def constants(job: Job) -> dict[str, int]:
@@ -125,7 +143,7 @@ def compile_ahead(job: Job) -> tuple[Job, str]:
 class Problem:
     """Weights in rotation, one input, and the truth."""
 
-    def __init__(self, recipe: str, m: int, n: int, k: int) -> None:
+    def __init__(self, recipe: str, m: int, n: int, k: int, gated: bool) -> None:
         weight, given = RECIPES[recipe]
         torch.manual_seed(0)
         w = torch.randn(n, k, device="cuda") / 64
@@ -140,6 +158,9 @@ class Problem:
             self.x, self.more = rows, []
             self.truth = linear.reference(rows, self.weights[0], weight)
         self.m, self.n = m, n
+        if gated:
+            gate, up = self.truth.chunk(2, -1)
+            self.truth, self.n = torch.nn.functional.silu(gate) * up, n // 2
 
     def microseconds(self, job: Job) -> float:
         """Median of one product; NaN where it is wrong."""
@@ -191,8 +212,8 @@ def main() -> None:
     given = parser.parse_args()
     begun = time.perf_counter()
     todo = jobs(given.only)
-    problems: dict[tuple[str, int, int, int], Problem] = {}
-    best: dict[tuple[str, int, int, int], tuple[float, Tile]] = {}
+    problems: dict[Key, Problem] = {}
+    best: dict[Key, tuple[float, Tile]] = {}
     log = given.log.open("a") if given.log else None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(2, (os.cpu_count() or 4) - 1), mp_context=context) as pool:
@@ -203,7 +224,7 @@ def main() -> None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
             if not problem:
-                key = (job.recipe, job.m, job.n, job.k)
+                key = key_of(job)
                 if key not in problems:
                     problems[key] = Problem(*key)
                 try:
@@ -223,13 +244,15 @@ def main() -> None:
     print(f"{len(todo)} candidates, {time.perf_counter() - begun:.0f} s")
 
 
-def key_of(job: Job) -> tuple[str, int, int, int]:
-    return job.recipe, job.m, job.n, job.k
+def key_of(job: Job) -> Key:
+    return job.recipe, job.m, job.n, job.k, job.gated
 
 
-def write(path: Path, best: dict[tuple[str, int, int, int], tuple[float, Tile]]) -> None:
+def write(path: Path, best: dict[Key, tuple[float, Tile]]) -> None:
     """Rows of the table. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
-    rows = [{"arithmetic": arithmetic(case(Job(*key, tile))), "size": list(key[1:]), "tile": list(tile), "us": round(us, 2)} for key, (us, tile) in sorted(best.items())]
+    rows = [
+        {"arithmetic": arithmetic(case(Job(*key[:4], tile)), key[4]), "size": list(key[1:4]), "tile": list(tile), "us": round(us, 2)} for key, (us, tile) in sorted(best.items())
+    ]
     text = ",\n ".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "torch": "{torch.__version__}", "rows": [\n {text}\n]}}\n')
 

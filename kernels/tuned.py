@@ -21,13 +21,13 @@ IDLE, LONG = 64, 4096
 Tile = tuple[int, int, int, int, int, int]
 
 
-def arithmetic(c: Case) -> str:
-    """``input @ weight``: what decides how fast a tile is, beside its size."""
+def arithmetic(c: Case, gated: bool = False) -> str:
+    """``input @ weight``: what decides how fast a tile is, beside its size. A gated product has rows of its own."""
     w = c.weight.fmt
     kind = w.name if w.bits == 8 else f"{'int' if w.kind == 'int' else 'table'}{w.bits}"
     groups = [s.extent(1, c.k)[1] for s in (c.weight, c.input) if s is not None]
     by_group = " by group" if w.bits == 8 and min(groups) < c.k else ""  # two sums in registers; 4 bits are mostly by group
-    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}{by_group}"
+    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}{by_group}{', gated' if gated else ''}"
 
 
 @cache
@@ -51,13 +51,16 @@ def config(c: Case) -> dict[str, int]:
 
 
 def gated(c: Case) -> dict[str, int]:
-    """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both), made from the plain product's: half as large, so that as many sums are kept.
-    Nothing is split, since parts of a sum mean nothing to the activation.
+    """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both). Nothing is split, since parts of a sum mean nothing to the activation.
+
+    Where none was measured it is made from the plain product's: half as large, so that as many sums are kept.
 
     Wide tiles lose half of their rows of activations: halved the other way, warps that share an operand would decode it twice. With few rows a tile has half as many columns, and each warp
     keeps sixteen of them. 16-bit operands are held in registers, of two tiles here, which leaves room for 64 rows of sums, and the tables of 4-bit formats for half as many a thread:
     compiled for sm_90, nothing spills (``tests/gpu_codegen``).
     """
+    if known := rows().get(arithmetic(c, True)):
+        return {**dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k))), "GROUP_M": GROUP_M}
     tile = {**config(c), "SPLIT": 1}
     rows, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
     if rows > 64:
