@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cases import Breakdown
-from gpu_model import Decoder, build, compiled, distance
+from gpu_model import Decoder, build, check, compiled
 
 GROUPS = ("linear", "attention", "cache", "rest")
 PATTERNS = (
@@ -102,7 +102,6 @@ def breakdown(case: Breakdown) -> dict[str, Any]:
     decoder = Decoder(model, case.batch, case.context)
     exact = decoder.once(model)
     forward = compiled(model, case.recipe, case.head)
-    error = distance(decoder.once(forward), exact)
     row = {
         "model": case.model,
         "layers": case.layers,
@@ -111,13 +110,13 @@ def breakdown(case: Breakdown) -> dict[str, Any]:
         "batch": case.batch,
         "context": case.context,
         "cache": decoder.length,
-        "error": round(error, 4),
+        **check(decoder.once, model, case.recipe, case.head, decoder.once(forward), exact),
     }
-    if not error < case.error:
-        return {**row, "right": False}
+    if not row["right"]:
+        return row
     us = decoder.graph_us(forward)
     one = decoder.graph(forward, 1)
-    return {**row, "right": True, **summary(profiled(one.replay, decoder.rewind), us, case.layers)}
+    return {**row, **summary(profiled(one.replay, decoder.rewind), us, case.layers)}
 
 
 def table(row: Mapping[str, Any], names: int = 24) -> str:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from cases import BITS, ERRORS, Generate, Prefill, Run
+from cases import BITS, Generate, Prefill, Run
 from gpu_floor import read_rate
-from gpu_model import ROOM, Decoder, build, compiled, distance, linear_elements, settle
+from gpu_model import ROOM, Decoder, build, check, compiled, linear_elements, settle
 from torch import nn
 
 
@@ -63,11 +63,10 @@ def decode(run: Run, about: Mapping[str, Any], device: str = "cuda", **other: An
         y = decoder.once(forward)
         settle(at)
         ready = time.perf_counter() - begin
-        error = distance(y, exact)
         packed = packed_bytes(run.model, run.recipe, run.head, dtype_bytes, **other)
         after, peak = allocated(at) - beside, allocated(at, peak=True) - beside
         memory = {"bf16_gib": dtype_bytes, "peak_gib": peak, "after_gib": after, "packed_gib": packed}
-        row |= {"error": round(error, 4), "right": error < ERRORS[run.recipe], "ready_s": round(ready, 1), **{key: round(value / 2**30, 3) for key, value in memory.items()}}
+        row |= {**check(decoder.once, model, run.recipe, run.head, y, exact), "ready_s": round(ready, 1), **{key: round(value / 2**30, 3) for key, value in memory.items()}}
         if run.recipe != "bf16" and peak:
             row |= {"peak_of_bf16": round(peak / dtype_bytes, 3), "after_of_packed": round(after / packed, 3), "memory_met": peak <= 1.05 * dtype_bytes and after <= 1.1 * packed}
         if not row["right"]:
@@ -90,9 +89,10 @@ def prefill(case: Prefill, device: str = "cuda", repeats: int = 7, **other: Any)
     exact = call(model).clone()
     forward = compiled(model, case.recipe, None, **({} if case.recipe == "bf16" else {"release": True}))
     begin = time.perf_counter()
-    error = distance(call(forward), exact)
+    y = call(forward)
+    settle(ids.device)
     ready = time.perf_counter() - begin
-    row = {"model": case.model, "recipe": case.recipe, "tokens": case.tokens, "error": round(error, 4), "right": error < ERRORS[case.recipe], "ready_s": round(ready, 1)}
+    row = {"model": case.model, "recipe": case.recipe, "tokens": case.tokens, **check(call, model, case.recipe, None, y, exact), "ready_s": round(ready, 1)}
     if not row["right"]:
         return row
     times = []
@@ -153,8 +153,7 @@ def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16,
     decoder = Decoder(model, 1, case.prompt)
     exact = decoder.once(model)
     forward = compiled(model, case.recipe, case.head)
-    error = distance(decoder.once(forward), exact)
-    row = {"model": case.model, "recipe": case.recipe, "head": case.head, "prompt": case.prompt, "error": round(error, 4), "right": error < ERRORS[case.recipe]}
+    row = {"model": case.model, "recipe": case.recipe, "head": case.head, "prompt": case.prompt, **check(decoder.once, model, case.recipe, case.head, decoder.once(forward), exact)}
     if not row["right"]:
         return row
     cuda = decoder.token.device.type == "cuda"

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import LLAMAS, VOCABULARY
+from cases import ERRORS, LLAMAS, VOCABULARY
 from torch import Tensor, nn
+
+from qcompile.core.recipe import find_recipe
 
 ROOM = 64
 """Tokens that the cache holds beyond the context: the longest stretch between two calls of ``Decoder.rewind``."""
@@ -44,6 +46,14 @@ def compiled(model: nn.Module, recipe: str | None, head: str | None = None, **op
 def distance(y: Tensor, exact: Tensor) -> float:
     """Relative, in the Euclidean norm."""
     return float((y.float() - exact.float()).norm() / exact.float().norm())
+
+
+def check(call: Callable[[Callable[..., Any]], Tensor], model: nn.Module, recipe: str, head: str | None, y: Tensor, plain: Tensor) -> dict[str, Any]:
+    """Relative distances of ``y``, what ``call`` gave with the compiled model: ``error`` from the references of the same quantized graph, which decides whether it is ``right``, and
+    ``error_16bit`` from ``plain``, the eager model's, which is what quantizing random weights costs."""
+    apart = distance(y, plain)
+    error = apart if recipe == "bf16" else distance(y, call(compiled(model, recipe, head, lower="eager")))
+    return {"error": round(error, 4), "error_16bit": round(apart, 4), "right": error < ERRORS[16 if recipe == "bf16" or find_recipe(recipe).input is None else 8]}
 
 
 class Decoder:

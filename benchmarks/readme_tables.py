@@ -27,6 +27,8 @@ def tuned(card: str = CARD) -> dict[tuple[str, int, int, int], float]:
     best: dict[tuple[str, int, int, int], float] = {}
     for line in (RESULTS / card / "tune.jsonl").read_text().splitlines():
         row = json.loads(line)
+        if row["gated"]:
+            continue
         key = (row["recipe"], row["m"], row["n"], row["k"])
         best[key] = min(row["us"], best.get(key, float("inf")))
     return best

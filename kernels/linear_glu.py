@@ -22,7 +22,7 @@ from qcompile import compat
 from qcompile.core.errors import Skip, unknown
 
 from . import grouped, linear, scaled_linear, stream, tiles, tuned
-from .op import Case, Kernel, Op, rows_of, target, two_dimensional
+from .op import FEW, Case, Kernel, Op, rows_of, target, two_dimensional
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ def supports(c: Case) -> Skip | None:
     if kernel is None:
         return reason
     if kernel.name == "triton stream":
+        if c.input is None and (c.m is None or c.m > FEW):  # measured: the registers of two tiles of 16-bit operands leave room for half of the plain product's tile
+            return Skip(f"more than {FEW} rows of 16 bits are faster as a product, then the activation")
         return None
     refused = stream.supports(c)
     return refused if refused is not None else Skip(f"a product of {c.m} rows is left to {kernel.name}")

@@ -62,15 +62,15 @@ def gated(c: Case) -> dict[str, int]:
     if known := rows().get(arithmetic(c, True)):
         return {**dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k))), "GROUP_M": GROUP_M}
     tile = {**config(c), "SPLIT": 1}
-    rows, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
-    if rows > 64:
-        rows = 64 if c.input is None else rows // 2
+    height, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
+    if height > 64:
+        height = 64 if c.input is None else height // 2
     elif columns >= 32:
         columns //= 2
-        warps = warps if rows == 64 else min(warps, columns // 16)
-    if rows == 64 and c.input is None and c.weight.fmt.kind != "int" and c.weight.fmt.bits == 4:
+        warps = warps if height == 64 else min(warps, columns // 16)
+    if height == 64 and c.input is None and c.weight.fmt.kind != "int" and c.weight.fmt.bits == 4:
         warps = 8
-    return {**tile, "BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps}
+    return {**tile, "BLOCK_M": height, "BLOCK_N": columns, "num_warps": warps}
 
 
 def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: int) -> Tile:

@@ -75,12 +75,12 @@ def check(recipe: str, weight: str, given: str | None, shape: tuple[int, int], r
         assert y.dtype == dtype and y.shape == (m, shape[0])
         assert error(y, truth(model, x, weight, given)) < (1e-2 if dtype == torch.bfloat16 else 2e-3), (m, built[-1].lowered.meta["glu"])
         fused = built[-1].lowered.meta["glu"].get("gate")
-        assert m > 256 or fused == activation or isinstance(fused, Skip) or fused is None, fused
+        assert m > 64 or fused == activation or isinstance(fused, Skip) or fused is None, fused
         if recipe in ("W8A8", "W4A8"):
             assert fused == activation
         elif recipe in ("W4A16", "W8A16", "NF4", "FP8"):
-            library = m > 256 and (recipe != "FP8" or shape[0] % 8 == 0)  # cuBLAS takes FP8 where N and K are multiples of 16
-            assert (fused == activation) != library, fused
+            apart = (m > 256 and shape[0] % 8 == 0) if recipe == "FP8" else m > 64  # cuBLAS takes FP8 where N and K are multiples of 16; of 16 bits the plain product is faster
+            assert (fused == activation) != apart, fused
 
 
 PLAIN = [name for name, row in RECIPES.items() if not row.passes and not (row.input and Scheme.parse(row.input).static)]
@@ -131,8 +131,8 @@ def test_mlp(built, monkeypatch, recipe):
             patch.setattr(GLU, "device_of", lambda value: torch.device("cpu"))
             ref = torch.compile(model, backend="qcompile", options={"recipe": recipe, "lower": "eager"}, dynamic=False)(x)
         assert not any(isinstance(a, str) for a in built[-1].lowered.meta["glu"].values())
-        assert error(y, ref) < 2e-2, (m, gated)
-        assert gated == "silu" or m > 256
+        assert error(y, ref) < 4e-2, (m, gated)
+        assert gated == "silu" or m > 64
 
 
 @pytest.mark.parametrize("recipe", ["W4A16", "W8A8", "W8A8_STATIC", "FP8"])
@@ -148,7 +148,7 @@ def test_a_batch_that_grows(built, recipe):
             ref = F.silu(model.gate(x)) * model.up(x)
             assert error(y, model.down(ref)) < 0.3, m  # the error of quantizing is in it
     assert len(built) <= 3
-    assert len({str(graph.lowered.meta["glu"]) for graph in built}) == (1 if recipe.startswith("W8A8") else 2)
+    assert len({str(graph.lowered.meta["glu"]) for graph in built}) == {"W4A16": 3, "FP8": 2}.get(recipe, 1)
 
 
 def test_a_linear_that_its_module_cuts_in_two(built):

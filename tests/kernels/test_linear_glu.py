@@ -64,9 +64,12 @@ def case(weight: str, given: str | None, m: int | None, dtype: torch.dtype = tor
     return Case(torch.device(device), x.fmt.dtype if x else dtype, Scheme.parse(weight), x, 28672, 4096, m, capability=(9, 0))
 
 
-@pytest.mark.parametrize(("weight", "given"), [("int4.g128", None), ("int4.g128", "int8.row"), ("int8.row", "int8.tensor.static"), ("e4m3.row", "e4m3.row"), ("nf4.g64", None), ("int8.row", None)])
+@pytest.mark.parametrize(
+    ("weight", "given"), [("int4.g128", None), ("int4.g128", "int8.row"), ("int8.row", "int8.tensor.static"), ("e4m3.row", "e4m3.row"), ("nf4.g64", None), ("int8.row", None)]
+)
 def test_support_up_to_where_the_library_begins(weight: str, given: str | None) -> None:
-    assert all(supports(case(weight, given, m)) is None for m in (1, 64, 256))
+    assert all(supports(case(weight, given, m)) is None for m in (1, 64))
+    assert (supports(case(weight, given, 256)) is None) == (given is not None), "of 16 bits beyond 64 rows the product alone is faster"
     beyond = supports(case(weight, given, 257))
     assert (beyond is None) == (given is not None and given.startswith("int8")), beyond
 
@@ -74,7 +77,7 @@ def test_support_up_to_where_the_library_begins(weight: str, given: str | None) 
 @pytest.mark.parametrize(
     ("weight", "given", "m", "reason"),
     [
-        ("int4.g128", None, 257, "a product of 257 rows is left to dequantize + cuBLAS"), ("e4m3.row", "e4m3.row", 4096, "a product of 4096 rows is left to cuBLAS FP8"), ("int2.g16", None, 1, "codes of 2 bits"),
+        ("int4.g128", None, 65, "more than 64 rows of 16 bits"), ("int4.g128", None, 257, "a product of 257 rows is left to dequantize + cuBLAS"), ("e4m3.row", "e4m3.row", 4096, "a product of 4096 rows is left to cuBLAS FP8"), ("int2.g16", None, 1, "codes of 2 bits"),
         ("uint4.g32.min", None, 1, "not multiples"), ("int8.row", "uint8.row.point", 1, "zero point"), ("int4.g128", "e4m3.row", 1, "no tensor-core product"),
     ],
 )  # fmt: skip
