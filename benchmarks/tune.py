@@ -1,4 +1,6 @@
-"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only "16 @ int4"]`, and writes `kernels/tuned.json`.
+"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only W4A16] [--gated]`, and writes `kernels/tuned.json`.
+
+`--gated` is for gate, up and SiLU in one kernel (`linear_glu`); N counts the rows of both. Rows of the table that were not timed again stay.
 
 Each candidate is the product's own template, rendered as an ordinary kernel (`standalone.py`), compiled by a pool of processes first, checked against float32 on the same codes, then timed:
 six weights in rotation so that L2 does not help, launches in a CUDA graph, median of replays. Where parts of K are split, adding them up is timed with it.
@@ -23,7 +25,7 @@ from standalone import load, render
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
-from qcompile.kernels import linear, scaled_linear, stream, tiles
+from qcompile.kernels import linear, linear_glu, scaled_linear, stream, tiles
 from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
 from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
@@ -33,9 +35,11 @@ OUT = Path(__file__).resolve().parents[1] / "kernels" / "tuned.json"
 RECIPES = {"W4A8": ("int4.g128", "int8.row"), "W4A16": ("int4.g128", None), "W8A8": ("int8.row", "int8.row"), "FP8": ("e4m3.row", "e4m3.row"), "NF4": ("nf4.g64", None), "W8A16": ("int8.row", None)}
 SHAPES = ((14336, 4096), (4096, 14336), (6144, 4096))
 """N, K: the wide, the long and the small linears of an 8B model. Other sizes take the nearest."""
+GATED = ((28672, 4096),)
 EVERYWHERE = ("W4A8", "W4A16", "W8A8")
 """Recipes that are tuned for all shapes, the others for the first."""
 ROTATE, COPIES, REPLAYS = 6, 4, 7
+Key = tuple[str, int, int, int, bool]
 TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT", "UNROLL")
 BY_WARPS = ((16, 1), (32, 2), (64, 4))
@@ -49,6 +53,25 @@ class Job:
     n: int
     k: int
     tile: Tile
+    gated: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Of the output."""
+        return self.n // 2 if self.gated else self.n
+
+
+def gated_candidates(recipe: str, m: int) -> Iterator[Tile]:
+    """Tiles with two sums, worth a try: half as large as a plain product's, in either direction."""
+    if m <= 16:
+        widths = ((16, 1), (32, 2), (32, 1), (64, 4))
+        yield from ((rows, width, 1, unroll, warps, stages) for rows in ((1, 16) if m == 1 else (16,)) for width, warps in widths for unroll, stages in ((1, 4), (1, 6), (2, 3)))
+    elif m <= 64:
+        shapes = ((64, 32, 2), (64, 32, 4), (64, 64, 4), (64, 64, 8), (32, 64, 4))
+        yield from ((rows, width, 1, unroll, warps, stages) for rows, width, warps in shapes for unroll, stages in ((1, 4), (2, 3)))
+    elif m <= 256 or recipe in ("W4A8", "W8A8"):  # beyond, the others call the library
+        shapes = ((64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
+        yield from ((rows, width, 1, 1, warps, stages) for rows, width, warps in shapes for stages in (3, 4))
 
 
 def candidates(recipe: str, m: int, n: int) -> Iterator[Tile]:
@@ -70,8 +93,11 @@ def candidates(recipe: str, m: int, n: int) -> Iterator[Tile]:
         yield from ((rows, width, 1, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
 
 
-def jobs(only: str | None) -> list[Job]:
+def jobs(only: str | None, gated: bool = False) -> list[Job]:
     found = []
+    if gated:
+        cases = ((m, n, k, recipe) for m in (1, 16, 64, 256, 4096) for n, k in GATED for recipe in RECIPES if only is None or recipe == only)
+        return [Job(recipe, m, n, k, tile, True) for m, n, k, recipe in cases for tile in gated_candidates(recipe, m)]
     for m in (1, 16, 64, 256, 4096):
         for n, k in SHAPES if m <= 256 else SHAPES[:1]:
             for recipe in RECIPES:
@@ -91,7 +117,8 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     c = case(job)
     dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
     split = job.tile[2] > 1
-    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0)
+    gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if job.gated else None
+    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0, gate)
     sample = quantize(torch.ones(16, job.k), c.weight).flatten()
     shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
     types = {"X": TYPES[c.dtype]}
@@ -99,8 +126,8 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
         shapes[name], types[name] = (job.n, *t.shape[1:]), TYPES[t.dtype]
     if c.input is not None:
         shapes["SX"], types["SX"] = (job.m, 1), "fp32"
-    template = loop.kernel(stream.HEADER, stream.SPLIT_FOOTER if split else tiles.FOOTER)
-    return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16"), types | {"OUT": "fp32" if split else "bf16"}
+    template = loop.kernel(stream.GATED_HEADER if job.gated else stream.HEADER, stream.SPLIT_FOOTER if split else tiles.FOOTER)
+    return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16", job.columns), types | {"OUT": "fp32" if split else "bf16"}
 
 
 def constants(job: Job) -> dict[str, int]:
@@ -125,7 +152,7 @@ def compile_ahead(job: Job) -> tuple[Job, str]:
 class Problem:
     """Weights in rotation, one input, and the truth."""
 
-    def __init__(self, recipe: str, m: int, n: int, k: int) -> None:
+    def __init__(self, recipe: str, m: int, n: int, k: int, gated: bool) -> None:
         weight, given = RECIPES[recipe]
         torch.manual_seed(0)
         w = torch.randn(n, k, device="cuda") / 64
@@ -139,7 +166,9 @@ class Problem:
         else:
             self.x, self.more = rows, []
             self.truth = linear.reference(rows, self.weights[0], weight)
-        self.m, self.n = m, n
+        if gated:
+            self.truth = torch.nn.functional.silu(self.truth[:, : n // 2]) * self.truth[:, n // 2 :]
+        self.m, self.n = m, n // 2 if gated else n
 
     def microseconds(self, job: Job) -> float:
         """Median of one product; NaN where it is wrong."""
@@ -186,13 +215,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop timing after so long")
     parser.add_argument("--only", choices=list(RECIPES))
+    parser.add_argument("--gated", action="store_true", help="gate, up and SiLU in one kernel")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--log", type=Path, help="every timing, one JSON object a line")
     given = parser.parse_args()
     begun = time.perf_counter()
-    todo = jobs(given.only)
-    problems: dict[tuple[str, int, int, int], Problem] = {}
-    best: dict[tuple[str, int, int, int], tuple[float, Tile]] = {}
+    todo = jobs(given.only, given.gated)
+    before = known(given.out)
+    problems: dict[Key, Problem] = {}
+    best: dict[Key, tuple[float, Tile]] = {}
     log = given.log.open("a") if given.log else None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(2, (os.cpu_count() or 4) - 1), mp_context=context) as pool:
@@ -203,7 +234,7 @@ def main() -> None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
             if not problem:
-                key = (job.recipe, job.m, job.n, job.k)
+                key = key_of(job)
                 if key not in problems:
                     problems[key] = Problem(*key)
                 try:
@@ -214,22 +245,33 @@ def main() -> None:
                 if us == us and (key not in best or us < best[key][0]):
                     best[key] = (us, job.tile)
             if log:
-                log.write(json.dumps([*key_of(job), *job.tile, round(us, 2), problem]) + "\n")
+                log.write(json.dumps([job.recipe + " gated" * job.gated, job.m, job.n, job.k, *job.tile, round(us, 2), problem]) + "\n")
                 log.flush()
-            write(given.out, best) if len(best) and not problem else None
-    write(given.out, best)
+            write(given.out, best, before) if len(best) and not problem else None
+    write(given.out, best, before)
     for key, (us, tile) in sorted(best.items()):
         print(*key, "->", tile, f"{us:.2f} us")
     print(f"{len(todo)} candidates, {time.perf_counter() - begun:.0f} s")
 
 
-def key_of(job: Job) -> tuple[str, int, int, int]:
-    return job.recipe, job.m, job.n, job.k
+def key_of(job: Job) -> Key:
+    return job.recipe, job.m, job.n, job.k, job.gated
 
 
-def write(path: Path, best: dict[tuple[str, int, int, int], tuple[float, Tile]]) -> None:
+def known(path: Path) -> list[dict[str, Any]]:
+    """Rows that an earlier run on the same GPU wrote."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    return table["rows"] if table.get("gpu") == torch.cuda.get_device_name() else []
+
+
+def write(path: Path, best: dict[Key, tuple[float, Tile]], before: list[dict[str, Any]]) -> None:
     """Rows of the table. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
-    rows = [{"arithmetic": arithmetic(case(Job(*key, tile))), "size": list(key[1:]), "tile": list(tile), "us": round(us, 2)} for key, (us, tile) in sorted(best.items())]
+    rows = []
+    for (recipe, m, n, k, gated), (us, tile) in sorted(best.items()):
+        name = arithmetic(case(Job(recipe, m, n, k, tile))) + (" gated" if gated else "")
+        rows.append({"arithmetic": name, "size": [m, n, k], "tile": list(tile), "us": round(us, 2)})
+    timed = {(row["arithmetic"], *row["size"]) for row in rows}
+    rows = [row for row in before if (row["arithmetic"], *row["size"]) not in timed] + rows
     text = ",\n ".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "torch": "{torch.__version__}", "rows": [\n {text}\n]}}\n')
 
