@@ -67,13 +67,22 @@ def test_tiles_are_possible(m: int | None, n: int) -> None:
             assert tile["BLOCK_N"] >= 16 and 1 <= tile["SPLIT"] < 8 and tile["num_stages"] >= 1
 
 
-@pytest.mark.parametrize(("plain", "gated"), [((1, 16, 4, 1), (1, 16, 1, 1)), ((16, 64, 1, 4), (16, 32, 1, 2)), ((64, 128, 4, 8), (64, 64, 1, 8)), ((128, 128, 2, 8), (64, 128, 1, 8)), ((256, 128, 1, 8), (128, 128, 1, 8))])
-def test_a_gated_tile_keeps_as_many_sums(monkeypatch: pytest.MonkeyPatch, plain: tuple[int, ...], gated: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("given", "plain", "gated"),
+    [
+        ("int8.row", (1, 16, 4, 1), (1, 16, 1, 1)), ("int8.row", (16, 64, 1, 4), (16, 32, 1, 2)), ("int8.row", (64, 128, 4, 8), (64, 64, 1, 8)), ("int8.row", (128, 64, 1, 4), (64, 64, 1, 4)),
+        ("int8.row", (128, 128, 2, 8), (128, 64, 1, 8)), ("int8.row", (256, 128, 1, 8), (128, 128, 1, 8)), (None, (128, 128, 1, 8), (64, 128, 1, 8)), (None, (256, 128, 1, 8), (64, 128, 1, 8)),
+    ],
+)  # fmt: skip
+def test_a_gated_tile_is_half_a_plain_one(monkeypatch: pytest.MonkeyPatch, given: str | None, plain: tuple[int, ...], gated: tuple[int, ...]) -> None:
     """BLOCK_M, BLOCK_N, SPLIT, warps. K is never in parts."""
     rows, columns, split, warps = plain
-    monkeypatch.setattr(tuned, "rows", lambda: {"int8 @ int8": {(1, 4096, 4096): (rows, columns, split, 1, warps, 3)}})
-    tile = tuned.gated(case("int8.row", "int8.row"))
-    assert tuple(tile[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps")) == gated
+    size, c = (1, 4096, 4096), case("int8.row", given)
+    monkeypatch.setattr(tuned, "rows", lambda: {tuned.arithmetic(c): {size: (rows, columns, split, 1, warps, 3)}})
+    assert tuple(tuned.gated(c)[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps")) == gated
+    measured = {f"{tuned.arithmetic(c)} gated": {size: (32, 64, 1, 2, 4, 3)}}
+    monkeypatch.setattr(tuned, "rows", lambda: measured)
+    assert tuned.gated(c) == {"BLOCK_M": 32, "BLOCK_N": 64, "SPLIT": 1, "UNROLL": 2, "num_warps": 4, "num_stages": 3, "GROUP_M": 8}
 
 
 def test_the_nearest_row_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,6 +247,18 @@ def test_the_same_numbers(gpu, monkeypatch, recipe, name):
     assert close(out[True].float(), out[False].float(), 2e-2)
 
 
+@pytest.mark.parametrize("recipe", ["W8A8", "W4A16"])
+def test_where_there_is_no_kernel_the_product_is_one_of_its_own(gpu, recipe):
+    """The op in a graph for a CPU, through Inductor: its product has the CPU's kernel."""
+    model, x = Mlp().bfloat16(), half(2, 3, 64)
+    out = []
+    for lower in ("inductor", "eager"):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            out.append(torch.compile(model, backend="qcompile", options={"recipe": recipe, "lower": lower})(x))
+    assert close(out[0].float(), out[1].float(), 2e-2)
+
+
 def test_explain_has_a_row_for_each(gpu):
     import qcompile
 
