@@ -111,11 +111,6 @@ def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
     return compat.lower_template(name, lambda: loop(c.weight, c.n, c.k, dot).kernel(tiles.HEADER, tiles.FOOTER), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.weight, c.k)])
 
 
-def _stream_supports(c: Case) -> Skip | None:
-    refused = gpu_supports(c)
-    return stream.supports(c) if refused is None else refused
-
-
 def _stream_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
     return stream.lower(c, "linear", [x, *weight], scheme, tiles.triton_dtype(c.dtype), tuned.config(c))
 
@@ -150,7 +145,7 @@ OP = Op(
     case,
     (
         Kernel("dequantize + cuBLAS", "cuda", _many_rows, None, dequantized),
-        Kernel("triton stream", "cuda", _stream_supports, _stream_lower),
+        Kernel("triton stream", "cuda", stream.after(gpu_supports), _stream_lower),
         Kernel("triton linear", "cuda", gpu_supports, _gpu_lower),
         Kernel("c++ table", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake)),
     ),

@@ -7,7 +7,7 @@ The K loop takes 128 columns a step: one packed block, whose halves are two oper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ def supports(c: Case) -> Skip | None:
     if w.fmt.bits == BYTES and (w.zero != "none" or (w.fmt.name != "int8" and w.fmt.native not in FP8)):
         return Skip(f"{w} is not int8 or FP8 without zero points")
     return None
+
+
+def after(op: Callable[[Case], Skip | None]) -> Callable[[Case], Skip | None]:
+    """``supports`` for an op that has refusals of its own, which come first."""
+
+    def both(c: Case) -> Skip | None:
+        refused = op(c)
+        return supports(c) if refused is None else refused
+
+    return both
 
 
 def row_scales(w: Scheme, n: int, k: int) -> bool:
