@@ -47,6 +47,32 @@ def fit_codebook(t: Tensor, bits: int, counts: Tensor | None = None, iterations:
     return fitted
 
 
+BINS, PIECE = 1 << 14, 1 << 24
+"""Bins of a tensor's values, and how many of these are sorted into them at a time."""
+
+
+def fit_many(x: Tensor, bits: int, importance: Tensor | None = None, iterations: int = 100) -> Tensor:
+    """``fit_codebook`` of a whole weight ``x`` (..., K), float32, from a histogram of BINS equal bins between its least and its greatest value: at most 2**-15 of that range off, in a fraction of the time.
+
+    ``importance`` (K,): what an error in each column counts, zero or more. Counts are integers, whose sums no order changes: the same values from run to run, on a GPU, too.
+    """
+    if x.numel() <= BINS:
+        counts = None if importance is None or not bool(importance.any()) else importance.to(x.device).expand_as(x)
+        return fit_codebook(x, bits, counts, iterations)
+    lo, hi = (float(end) for end in torch.aminmax(x))
+    width = (hi - lo) / BINS or 1.0
+    counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    each = None if importance is None else (importance.to(x.device).double() / importance.max().clamp(min=torch.finfo(torch.float32).tiny) * (1 << 20)).round().long()
+    for part in rows.split(max(1, PIECE // rows.shape[1])):
+        bins = ((part - lo) / width).long().clamp_(0, BINS - 1)
+        counts += torch.bincount(bins.flatten(), minlength=BINS) if each is None else torch.zeros_like(counts).index_add_(0, bins.flatten(), each.expand_as(bins).flatten())
+    if not bool(counts.any()):  # no input was ever other than zero: every value counts the same
+        return fit_many(x, bits, None, iterations)
+    centres = lo + (torch.arange(BINS, device=x.device) + 0.5) * width
+    return fit_codebook(centres, bits, counts, iterations)
+
+
 def _running(v: Tensor) -> Tensor:
     return torch.cat([v.new_zeros(1), v.cumsum(0)])
 
