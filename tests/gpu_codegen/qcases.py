@@ -173,3 +173,12 @@ def regimes() -> Parts:
     tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "GROUP_M": 8}
     parts.update(quantized(nn.Linear(1024, 512).eval().to(torch.bfloat16), (bf16(8, 1024),), {"split": {"recipe": "W4A16"}}))
     return parts
+
+
+def codebooks() -> Parts:
+    """Weights with values of their own, which no kernel decodes: one row and many."""
+    parts: Parts = {}
+    for rows in (1, 64):
+        torch._dynamo.reset()
+        parts |= quantized(nn.Linear(256, 512, bias=False).to(torch.bfloat16), [bf16(rows, 256)], {f"{rows} rows": {"weight": "lut4.g64", "recipe": "W4A16"}})
+    return parts

@@ -273,3 +273,13 @@ def test_parts_of_k_are_added_where_they_are_read(qcase: QCase) -> None:
     assert stored(part["kernels"][0]) == ["fp32"] and stored(part["kernels"][1]) == ["bf16"]
     assert part["kernels"][1]["source"].count("tl.load(in_ptr0") == 4
     compiled(part)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_codebooks_are_read_in_the_kernel_that_dequantizes(qcase: QCase, rows: int) -> None:
+    """One kernel reads codes, scales and the sixteen values, which are an input, and stores 16 bits; the library multiplies."""
+    part = qcase("codebooks")[f"{rows} rows"]
+    first = part["kernels"][0]
+    assert stored(first) == ["bf16"] and re.findall(r"'in_ptr\d+': '\*(\w+)'", first["source"]) == ["u8", "fp32", "bf16"]
+    assert len([k for k in kinds(part) if "mm" in k]) == 1 and kinds(part)[0] == "poi"
+    compiled(part)
