@@ -31,6 +31,8 @@ def supports(c: Case) -> Skip | None:
     w, x = c.weight, c.input
     if w.fmt.bits not in (4, BYTES):
         return Skip(f"codes of {w.fmt.bits} bits are not streamed")
+    if w.fmt.learned:
+        return Skip(f"the values of {w.fmt} are an input, and decoders have theirs in their text")
     if w.zero == "min" or not tiles.whole_subtiles(w, c.k) or (x is not None and not tiles.whole_subtiles(x, c.k)):
         return Skip(f"groups of {w} are not multiples of {SUB} columns")
     if w.scale is not None and not row_scales(w, c.n, c.k):

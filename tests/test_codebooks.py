@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import Net, close, graphs, rounded
 from tiny_models import tiny
 
 import qcompile
+from qcompile.core.scheme import Scheme
+from qcompile.kernels import OPS, stream
+from qcompile.kernels.op import Case
 from qcompile.options import Options
 
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 32)
@@ -105,6 +110,19 @@ def test_beside_fixed_values():
         rows = {row["name"]: row for row in qcompile.explain(f, X).to_dict()["sites"]}
     assert (rows["up"]["weight"], rows["down"]["weight"]) == ("lut4.row", "int8.row")
     assert close(torch.tensor(rows["down"]["weight_db"]), torch.tensor(44.0), 0.1)
+
+
+def test_kernels_of_a_gpu():
+    """None decodes values that are an input: linears are dequantized for the library, all else runs by its reference, and why is said."""
+    w, x = Scheme.parse("lut4.g64"), Scheme.parse("int8.row")
+    case = Case(torch.device("cuda"), torch.bfloat16, w, None, 4096, 4096, 64, capability=(9, 0))
+    for m in (1, 64, 4096, None):
+        kernel, refused = OPS["linear"].choose(replace(case, m=m))
+        assert refused is None and kernel.name == "dequantize + cuBLAS"
+    assert not stream.takes_scales(replace(case, weight=Scheme.parse("lut4.g64/int8.row"))) and "are an input" in str(stream.supports(case))
+    for op, asked in (("linear", replace(case, dtype=torch.float32)), ("scaled_linear", replace(case, dtype=torch.int8, input=x)), ("grouped_linear", replace(case, experts=4))):
+        kernel, refused = OPS[op].choose(asked)
+        assert kernel is None and "lut4" in str(refused), op
 
 
 def test_what_has_no_codebook():
