@@ -1,9 +1,10 @@
-"""How much accuracy each method costs: qcompile's against the textbook's in float64, on three models. `python benchmarks/accuracy.py [--model encoder] [--rows w4-gptq ...] [--textbook-only]`.
+"""How much accuracy each method costs: qcompile's against the textbook's in float64, on three models. `python benchmarks/accuracy.py [--model encoder] [--rows w4-gptq ...] [--missing]`.
 
 A row of `accuracy_rows.py` is a method twice: as `textbook.py` defines it, and as options of `torch.compile(backend="qcompile")`, run by the eager references so that the arithmetic is what is measured, not a kernel.
 Models, their data and what judges them are in `accuracy_models.py`: KL divergence of the next token's distribution (lm, lm-outliers), 1 - cosine of sentence embeddings (encoder). The goals are judged at the end.
 
-The results go to `benchmarks/results/cpu/accuracy.json` with a plot for each model beside it; rows that are not run keep what the file has. Exits with 1 where a goal that was measured is missed.
+The results go to `benchmarks/results/cpu/accuracy.json`, row by row, with a plot for each model beside it; rows that are not run keep what the file has. `--missing` runs what the file lacks: a result
+counts where model, data, options and the textbook's method are the same, whatever the commit. Exits with 1 where a goal that was measured is missed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.core.recipe import Choice
+from qcompile.core.scheme import Scheme
+from qcompile.options import Options
+from qcompile.solve import first_needs, then_needs
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "accuracy.json"
 Result = dict[str, Any]
@@ -41,8 +46,17 @@ def spared(row: Row) -> Callable[[str], bool]:
     return lambda name: name.endswith(row.spare) if row.spare else False
 
 
+def needs_data(row: Row) -> bool:
+    """Some step, or a static range, wants statistics."""
+    recipe = Options.parse(row.options).recipe
+    x = Scheme.parse(recipe.input) if recipe.input else None
+    choice = Choice(Scheme.parse(recipe.weight), x, "", recipe.methods)
+    return bool(first_needs(choice) or then_needs(choice))
+
+
 def run_textbook(model: nn.Module, row: Row, subject: Subject, reference: Sequence[Tensor]) -> Result:
     start = time.perf_counter()
+    assert row.method is not None
     quantized = textbook.quantize(model, row.method, subject.calibration, spared(row))
     solved = time.perf_counter()
     metrics = subject.metrics(reference, subject.read(quantized), subject.evaluation)
@@ -50,10 +64,12 @@ def run_textbook(model: nn.Module, row: Row, subject: Subject, reference: Sequen
 
 
 def run_ours(model: nn.Module, row: Row, calibration: Sequence[dict[str, Any]]) -> Callable[..., Any]:
-    """The model compiled by qcompile, calibrated where the row's method needs data."""
+    """The model compiled by qcompile, calibrated where the row's method needs data; `equalize` changes the model itself, offline."""
     torch.compiler.reset()
+    if any(m.name == "equalize" for m in Options.parse(row.options).recipe.methods):
+        qcompile.quantize(model, Options.parse(row.options).recipe, calibration[:1], progress=False)
     fast: Callable[..., Any] = torch.compile(model, backend="qcompile", options=row.options)
-    if row.method.calibrates or "outliers(threshold" in str(row.ours):
+    if needs_data(row):
         with torch.no_grad(), qcompile.calibrate(fast, progress=False):
             for batch in calibration:
                 fast(**batch)
@@ -92,20 +108,31 @@ def cached(folder: Path | None, key: tuple[object, ...], make: Callable[[], Resu
     return result
 
 
-def measure(subject: Subject, rows: Sequence[Row], columns: Sequence[str], cache: Path | None, console: Console) -> Result:
-    """All rows on one model. A row that fails raises: nothing is left out in silence."""
+def there(old: Result, row: Row, column: str) -> bool:
+    """Whether the rows `old` of the same data have this result, of the same options and method. (Files of before methods were written down count where the options are the same.)"""
+    found = old.get("rows", {}).get(row.name, {})
+    return column in found and found.get("options") == row.options and (column == "ours" or found.get("method", repr(row.method)) == repr(row.method))
+
+
+def measure(subject: Subject, rows: Sequence[Row], columns: Sequence[str], cache: Path | None, console: Console, old: Result, missing: bool, keep: Callable[[Result], None]) -> Result:
+    """All rows on one model; with `missing` those that `old` lacks. `keep` gets what there is after each row. A row that fails raises: nothing is left out in silence."""
     model = subject.build()
     reference = subject.read(model)
     data = fingerprint(subject)
+    old = old if old.get("data") == data else {}
     out: Result = {"title": subject.title, "metric": subject.metric, "data": data, "fp32": subject.metrics(reference, reference, subject.evaluation), "rows": {}}
     for row in track(rows, subject.name, console=console, transient=True):
         key = (subject.name, data, row.method, row.spare)
-        result = {}
-        if "textbook" in columns:
+        result: Result = {}
+        wanted = [c for c in columns if (c == "ours" or row.method is not None) and not (missing and there(old, row, c))]
+        if not wanted:
+            continue
+        if "textbook" in wanted:
             result["textbook"] = cached(cache, key, lambda row=row: run_textbook(model, row, subject, reference))  # type: ignore[misc]
-        if "ours" in columns:
+        if "ours" in wanted:
             result["ours"] = measure_ours(row, subject, reference)
-        out["rows"][row.name] = {"options": dict(row.options), **result}
+        out["rows"][row.name] = {"options": dict(row.options), "method": repr(row.method), **result}
+        keep(out)
     return out
 
 
@@ -226,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_argument("--rows", nargs="*", help="names of rows (default: all)", choices=[row.name for row in ROWS], metavar="ROW")
     cli.add_argument("--textbook-only", action="store_true", help="without qcompile's column")
     cli.add_argument("--ours-only", action="store_true", help="without the textbook's column, which takes longer")
+    cli.add_argument("--missing", action="store_true", help="only what the file of results lacks")
     cli.add_argument("--out", type=Path, default=RESULTS)
     cli.add_argument("--cache", type=Path, help="a folder that keeps the textbook's results for the next run")
     cli.add_argument("--markdown", action="store_true", help="print the table of the results that are there, and run nothing")
@@ -244,11 +272,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = [which] if given.textbook_only or given.ours_only else ["textbook", "ours"]
     for name in given.model:
         rows = [row for row in ROWS if name in row.models and (not given.rows or row.name in given.rows)]
-        models[name] = merge(models.get(name, {}), measure(SUBJECTS[name](), rows, columns, given.cache, console))
+        old = models.get(name, {})
+
+        def keep(new: Result, name: str = name, old: Result = old) -> None:
+            models[name] = merge(old, new)
+            report = {"versions": versions(), "threads": torch.get_num_threads(), "models": models, "goals": judge(models, which)}
+            given.out.write_text(json.dumps(report, indent=1) + "\n")  # row by row: an interruption loses little
+
+        keep(measure(SUBJECTS[name](), rows, columns, given.cache, console, old, given.missing, keep))
         show(models[name], console)
         plot(models[name], given.out.with_name(f"{given.out.stem}-{name}.png"))
-        report = {"versions": versions(), "threads": torch.get_num_threads(), "models": models, "goals": judge(models, which)}
-        given.out.write_text(json.dumps(report, indent=1) + "\n")  # model by model: an interruption loses little
     goals = judge(models, which)
     show_goals(goals, which, console)
     return 1 if any(not g["met"] for g in goals) else 0

@@ -15,10 +15,11 @@ FED_BY_NORM = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Row:
-    """One method. ``ours``: options of the backend, as one writes them; ``spare``: endings of names of linears that keep 16 bits; ``models``: where it is run."""
+    """One method. ``method``: the textbook's, None where it has none; ``ours``: options of the backend, as one writes them; ``spare``: endings of names of linears that keep 16 bits;
+    ``models``: where it is run."""
 
     name: str
-    method: Method
+    method: Method | None
     ours: Mapping[str, Any] = field(hash=False)
     spare: tuple[str, ...] = ()
     models: tuple[str, ...] = (*LMS, "encoder")
@@ -32,6 +33,7 @@ class Row:
 
 T8, R8, T8P, R8P = Grid(8, "tensor"), Grid(8, "row"), Grid(8, "tensor", point=True), Grid(8, "row", point=True)
 G4, G4P, G3, G3P = Grid(4, 128), Grid(4, 128, point=True), Grid(3, 128), Grid(3, 128, point=True)
+E4M3_TENSOR = Grid(8, "tensor", kind="float", exp=4)
 E4M3, E3M4 = Grid(8, "row", kind="float", exp=4), Grid(8, "row", kind="float", exp=3)
 SPLIT_COLUMNS = 32
 SPLIT = f"outliers(dynamic={SPLIT_COLUMNS}, threshold=6.0)"
@@ -63,10 +65,16 @@ ROWS: tuple[Row, ...] = (
     Row("llm-int8-norm-fed", Method(R8, R8, threshold=6.0, whole=True), _w8a8("int8.row", "int8.row", SPLIT), FED_BY_NORM, LMS),
     Row("w8a8-static", Method(R8, T8, static=True), _w8a8("int8.row", "int8.tensor.static")),
     Row("smoothquant", Method(R8, R8, transform="smooth"), _w8a8("int8.row", "int8.row", "smooth(alpha=0.5)")),
+    Row("smoothquant-auto", None, _w8a8("int8.row", "int8.row", "smooth(alpha='auto')")),
     Row("smoothquant-static", Method(R8, T8, transform="smooth", static=True), _w8a8("int8.row", "int8.tensor.static", "smooth(alpha=0.5)")),
+    Row("w8a8-tensor-equalize", None, _w8a8("int8.tensor", "int8.tensor", "equalize")),
+    Row("w8a16", Method(R8), {"recipe": "W8A16"}),
     # 4 bits
     Row("w4-rtn", Method(G4), _w("int4.g128")),
     Row("w4-rtn-point", Method(G4P), _w("uint4.g128.point")),
+    Row("w4-rtn-bias", None, _w("int4.g128", "bias")),
+    Row("w4-sequential-mse", None, _w("int4.g128", "sequential_mse")),
+    Row("w4-adaround", None, _w("int4.g128", "adaround"), models=LMS),
     Row("w4-gptq", Method(G4, solver="gptq"), _w("int4.g128", "gptq")),
     Row("w4-gptq-point", Method(G4P, solver="gptq"), _w("uint4.g128.point", "gptq")),
     Row("w4-awq", Method(G4P, transform="awq"), _w("uint4.g128.point", "awq")),
@@ -81,7 +89,11 @@ ROWS: tuple[Row, ...] = (
     Row("w4-smooth-clip-gptq-symmetric", Method(G4, transform="smooth", clip=True, solver="gptq"), _w("int4.g128", "smooth(alpha=0.5)", "gptq(clip=True)")),
     Row("w4-smooth-clip-gptq", Method(G4P, transform="smooth", clip=True, solver="gptq"), _w("uint4.g128.point", "smooth(alpha=0.5)", "gptq(clip=True)")),
     Row("w4a8-smooth-gptq", Method(G4, R8, transform="smooth", solver="gptq"), _w8a8("int4.g128", "int8.row", "smooth(alpha=0.5)", "gptq")),
+    Row("w4a8", Method(G4, R8), {"recipe": "W4A8"}),
+    Row("w4a8-aqas", None, {"recipe": "W4A8_AQAS"}),
     Row("nf4", Method(Grid(4, 64, kind="nf4")), {"recipe": "NF4"}),
+    Row("fp4", Method(Grid(4, 64, kind="fp4")), {"recipe": "FP4"}),
+    Row("w4-lut", None, {"recipe": "W4A16_LUT"}),
     # 3 bits
     Row("w3-rtn", Method(G3), _w("int3.g128")),
     Row("w3-rtn-point", Method(G3P), _w("uint3.g128.point")),
@@ -89,10 +101,12 @@ ROWS: tuple[Row, ...] = (
     Row("w3-gptq-point", Method(G3P, solver="gptq"), _w("uint3.g128.point", "gptq")),
     Row("w3-awq", Method(G3P, transform="awq"), _w("uint3.g128.point", "awq")),
     Row("w3-awq-gptq", Method(G3P, transform="awq", solver="gptq"), _w("uint3.g128.point", "awq", "gptq")),
+    Row("w3-lut-gptq", None, _w("lut3.g128", "gptq")),
     Row("w3-clip-gptq", Method(G3P, clip=True, solver="gptq"), _w("uint3.g128.point", "gptq(clip=True)")),
     Row("w3-awq-clip-gptq", Method(G3P, transform="awq", clip=True, solver="gptq"), _w("uint3.g128.point", "awq", "gptq(clip=True)")),
     # 8-bit floating point
     Row("e4m3", Method(E4M3, E4M3), {"recipe": "FP8"}),
+    Row("e4m3-tensor", Method(E4M3_TENSOR, E4M3_TENSOR), {"recipe": "FP8_TENSOR"}),
     Row("e3m4", Method(E3M4, E3M4), _w8a8("e3m4.row", "e3m4.row")),
 )
 W4_COMBINED = ("w4-awq-gptq", "w4-awq-clip-gptq", "w4-smooth-clip-gptq")

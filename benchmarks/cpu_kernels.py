@@ -3,7 +3,7 @@
 Every instruction set and thread count runs in a process of its own, torch's own kernels held to the same instruction set (but for
 fbgemm, which knows no such switch and uses VNNI where there is any: its avx2 rows flatter it). All candidates of a row take turns, so
 that a busy machine hurts them alike; each is called twice to warm its weight, then timed once. The table shows the fastest turn (on a
-shared machine the one statistic that others do not move much); the JSON also has the medians.
+shared machine the one statistic that others do not move much); the JSON also has the medians, the CPU's name and the load before.
 `int8` is the kernel alone; `quantize+int8` and `fbgemm` start from float x. `g128`: 128 columns per scale, else one scale per row.
 """
 
@@ -120,6 +120,9 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(**json.loads(arguments.child))))
         return
+    from run import machine
+
+    where = {key: value for key, value in machine().items() if key in ("cpu", "load_before")}  # threads and torch are the child's
     RESULTS.mkdir(parents=True, exist_ok=True)
     for isa in arguments.isa:
         environment = {**os.environ, **({} if isa == "native" else {"QCOMPILE_CPU_ISA": isa, **(AVX2_ONLY if isa == "avx2" else {})})}
@@ -127,7 +130,7 @@ def main() -> None:
             shapes = [(2048, 2048)] if arguments.quick else [(2048, 2048), (4096, 11008)]
             plan = json.dumps({"threads": threads, "shapes": shapes, "rows": ROWS, "seconds": 0.5 if arguments.quick else 1})
             child = subprocess.run([sys.executable, __file__, "--child", plan], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            report = json.loads(child.stdout.splitlines()[-1])
+            report = {**where, **json.loads(child.stdout.splitlines()[-1])}
             show(report)
             (RESULTS / f"kernels_{report['isa']}_{threads}.json").write_text(json.dumps(report, indent=1) + "\n")
 

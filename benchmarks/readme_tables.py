@@ -1,6 +1,6 @@
-"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu [--write]`.
+"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage [--write]`.
 
-`results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
+`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
 """
 
 from __future__ import annotations
@@ -133,7 +133,14 @@ def picture(path: Path, card: str = CARD) -> None:
     figure.savefig(path, dpi=90)
 
 
-SECTIONS = {"cpu": cpu, "gpu": gpu}
+def coverage() -> str:
+    """Markdown of what is quantized of each architecture."""
+    import coverage as measured
+
+    return measured.markdown(json.loads(measured.RESULTS.read_text()))
+
+
+SECTIONS = {"cpu": cpu, "gpu": gpu, "coverage": coverage}
 
 
 def main() -> None:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 # Dettmers et al. 2023 (QLoRA), appendix E
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
 NF4 += (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+FP4 = (-1.0, -2 / 3, -1 / 2, -1 / 3, -1 / 4, -1 / 6, -1 / 192, 0.0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)  # bitsandbytes
+TABLES = {"nf4": NF4, "fp4": FP4}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A number format and who shares a scale. ``kind``: int, float (``exp`` exponent bits) or nf4; ``group``: "tensor", "row" or columns; ``point``: with an integer zero point."""
+    """A number format and who shares a scale. ``kind``: int, float (``exp`` exponent bits), nf4 or fp4; ``group``: "tensor", "row" or columns; ``point``: with an integer zero point."""
 
     bits: int = 8
     group: str | int = "row"
@@ -35,7 +37,7 @@ class Grid:
     def top(self) -> float:
         """Where a symmetric scale puts the absolute maximum."""
         if self.kind != "float":
-            return 1.0 if self.kind == "nf4" else 2.0 ** (self.bits - 1) - 1
+            return 1.0 if self.kind in TABLES else 2.0 ** (self.bits - 1) - 1
         man = self.bits - 1 - self.exp
         lost = 1 if (self.exp, man) == (4, 3) else 0  # OCP E4M3 spends its last code on NaN: 448, not 480
         return (2 - 2.0**-man * (1 + lost)) * 2.0 ** (2**self.exp - 1 - (2 ** (self.exp - 1) - 1))
@@ -61,8 +63,8 @@ class Grid:
         if self.kind == "int":
             low, high = (0, 2**self.bits - 1) if self.point else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
             return ((t / scale + zero).round().clamp(low, high) - zero) * scale
-        if self.kind == "nf4":
-            values = torch.tensor(NF4, dtype=t.dtype)
+        if self.kind in TABLES:
+            values = torch.tensor(TABLES[self.kind], dtype=t.dtype)
             return values[torch.bucketize(t / scale, (values[1:] + values[:-1]) / 2)] * scale
         u = (t / scale).clamp(-self.top, self.top)
         _, e = torch.frexp(u)  # u = m * 2**e with 0.5 <= m < 1

@@ -58,12 +58,14 @@ def flat_scales(weight: Sequence[Tensor], s: Scheme, k: int) -> list[Tensor]:
     """Tensors of ``unnested(s)``: quantized scales (and minima) dequantized to float32."""
     q = QTensor.unflatten(weight, s, k)
     zero = [] if q.zero is None else [q.zero if isinstance(q.zero, Tensor) else value(q.zero)]
-    return [q.codes, value(q.scale), *zero]
+    return [q.codes, value(q.scale), *zero, *([q.codebook] if q.codebook is not None else [])]
 
 
 def gpu_supports(c: Case) -> Skip | None:
     if c.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return Skip(f"activations are {c.dtype}")
+    if c.weight.fmt.learned:
+        return Skip(f"no kernel decodes {c.weight.fmt}, whose values are an input: dequantized, then multiplied by cuBLAS")
     if c.weight.fmt.kind == "table" and len(c.weight.fmt.values) > 16:
         return Skip(f"{c.weight.fmt} has more than 16 table entries")
     if c.weight.fmt.native in (torch.float8_e4m3fn, torch.float8_e5m2) and c.compute_capability < (8, 9):
@@ -111,16 +113,13 @@ def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
     return compat.lower_template(name, lambda: loop(c.weight, c.n, c.k, dot).kernel(tiles.HEADER, tiles.FOOTER), [x, *weight], (compat.sizes(x)[0], c.n), [blocks(c.m, c.weight, c.k)])
 
 
-def _stream_supports(c: Case) -> Skip | None:
-    refused = gpu_supports(c)
-    return stream.supports(c) if refused is None else refused
-
-
 def _stream_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
     return stream.lower(c, "linear", [x, *weight], scheme, tiles.triton_dtype(c.dtype), tuned.config(c))
 
 
 def _many_rows(c: Case) -> Skip | None:
+    if c.weight.fmt.learned:
+        return None if c.dtype.itemsize == 2 else gpu_supports(c)
     if c.dtype.itemsize != 2 or c.m is None or c.m <= MIDDLE:
         return Skip(f"not more than {MIDDLE} rows of 16 bits")
     return gpu_supports(c)
@@ -150,7 +149,7 @@ OP = Op(
     case,
     (
         Kernel("dequantize + cuBLAS", "cuda", _many_rows, None, dequantized),
-        Kernel("triton stream", "cuda", _stream_supports, _stream_lower),
+        Kernel("triton stream", "cuda", stream.after(gpu_supports), _stream_lower),
         Kernel("triton linear", "cuda", gpu_supports, _gpu_lower),
         Kernel("c++ table", "cpu", _cpu_supports, cpu.define("linear", SCHEMA, cpu_linear, fake)),
     ),

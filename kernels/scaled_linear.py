@@ -146,11 +146,6 @@ def _many_rows(c: Case) -> Skip | None:
     return gpu_supports(c)
 
 
-def _stream_supports(c: Case) -> Skip | None:
-    refused = gpu_supports(c)
-    return stream.supports(c) if refused is None else refused
-
-
 def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:
     assert c.input is not None
     dot = "tl.int8" if c.input.fmt.kind == "int" else "fp8"
@@ -176,7 +171,7 @@ OP = Op(
     case,
     (
         Kernel("cuBLAS FP8", "cuda", _many_rows, _stream_lower),
-        Kernel("triton stream", "cuda", _stream_supports, _stream_lower),
+        Kernel("triton stream", "cuda", stream.after(gpu_supports), _stream_lower),
         Kernel("triton scaled", "cuda", gpu_supports, _gpu_lower),
         Kernel("c++ int8", "cpu", _cpu_supports, cpu.define("scaled_linear", SCHEMA, cpu_scaled_linear, fake)),
     ),

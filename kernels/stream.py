@@ -10,7 +10,7 @@ everything, tiles of weights, scales, sums, is named with the endings ``GATED``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ def supports(c: Case) -> Skip | None:
     w, x = c.weight, c.input
     if w.fmt.bits not in (4, BYTES):
         return Skip(f"codes of {w.fmt.bits} bits are not streamed")
+    if w.fmt.learned:
+        return Skip(f"the values of {w.fmt} are an input, and decoders have theirs in their text")
     if w.zero == "min" or not tiles.whole_subtiles(w, c.k) or (x is not None and not tiles.whole_subtiles(x, c.k)):
         return Skip(f"groups of {w} are not multiples of {SUB} columns")
     if w.scale is not None and not row_scales(w, c.n, c.k):
@@ -44,6 +46,16 @@ def supports(c: Case) -> Skip | None:
     if w.fmt.bits == BYTES and (w.zero != "none" or (w.fmt.name != "int8" and w.fmt.native not in FP8)):
         return Skip(f"{w} is not int8 or FP8 without zero points")
     return None
+
+
+def after(op: Callable[[Case], Skip | None]) -> Callable[[Case], Skip | None]:
+    """``supports`` for an op that has refusals of its own, which come first."""
+
+    def both(c: Case) -> Skip | None:
+        refused = op(c)
+        return supports(c) if refused is None else refused
+
+    return both
 
 
 def row_scales(w: Scheme, n: int, k: int) -> bool:

@@ -51,26 +51,30 @@ def config(c: Case) -> dict[str, int]:
 
 
 def gated(c: Case) -> dict[str, int]:
-    """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both). Nothing is split, since parts of a sum mean nothing to the activation.
+    """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both). Nothing is split: parts of a sum mean nothing to the activation."""
+    known = rows().get(arithmetic(c, True), {})
+    tile = dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k))) if known else _halved(c, config(c))
+    return {**tile, "SPLIT": 1, "GROUP_M": GROUP_M}
 
-    Where none was measured it is made from the plain product's: half as large, so that as many sums are kept.
 
-    Wide tiles lose half of their rows of activations: halved the other way, warps that share an operand would decode it twice. With few rows a tile has half as many columns, and each warp
-    keeps sixteen of them. 16-bit operands are held in registers, of two tiles here, which leaves room for 64 rows of sums, and the tables of 4-bit formats for half as many a thread:
-    compiled for sm_90, nothing spills (``tests/gpu_codegen``).
+def _halved(c: Case, tile: dict[str, int]) -> dict[str, int]:
+    """Half of a plain product's tile, so that as many sums are kept.
+
+    With few rows it has half as many columns, and each warp keeps sixteen of them, of both halves. With many it depends on who decodes: codes that go to the tensor cores as they are lose half
+    of their columns, which loads as much as the plain tile does; where they are decoded, warps that share an operand would each decode it, so half of the rows of activations go.
+    16-bit operands are held in registers, two tiles of them here, which leaves room for the sums of 64 rows, and what 4-bit tables need for half as many in a thread: compiled for sm_90,
+    nothing spills (``tests/gpu_codegen``).
     """
-    if known := rows().get(arithmetic(c, True)):
-        return {**dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k))), "GROUP_M": GROUP_M}
-    tile = {**config(c), "SPLIT": 1}
-    height, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
-    if height > 64:
-        height = 64 if c.input is None else height // 2
+    rows, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
+    decoded = c.input is None or c.weight.fmt.bits != 8
+    if rows > 64 and (decoded or rows > 128 or columns < 128):
+        rows = 64 if c.input is None else rows // 2
     elif columns >= 32:
         columns //= 2
-        warps = warps if height == 64 else min(warps, columns // 16)
-    if height == 64 and c.input is None and c.weight.fmt.kind != "int" and c.weight.fmt.bits == 4:
+        warps = warps if rows >= 64 else min(warps, columns // 16)
+    if rows == 64 and c.input is None and c.weight.fmt.kind != "int" and c.weight.fmt.bits == 4:
         warps = 8
-    return {**tile, "BLOCK_M": height, "BLOCK_N": columns, "num_warps": warps}
+    return {**tile, "BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps}
 
 
 def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: int) -> Tile:

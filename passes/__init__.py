@@ -10,7 +10,7 @@ The folder fills itself only under its full name (see ``kernels/__init__.py`` fo
 """
 
 if __name__ == "qcompile.passes":
-    from . import adaround, aqas, awq, gptq, rtn, sequential_mse, smooth
+    from . import adaround, aqas, awq, gptq, lloyd_max, rtn, sequential_mse, smooth
     from .attend import attend
     from .find_sites import find_sites
     from .glu import glu
@@ -25,5 +25,5 @@ if __name__ == "qcompile.passes":
 
     PASSES: dict[str, Pass] = {p.name: p for p in (normalize, find_sites, match, observe, transform, merge, attend, lower, glu)}
     TRANSFORMS: dict[str, Transform] = {t.name: t for t in (smooth.TRANSFORM, awq.TRANSFORM, aqas.TRANSFORM)}
-    SOLVERS: dict[str, Solver] = {s.name: s for s in (rtn.SOLVER, gptq.SOLVER, adaround.SOLVER, sequential_mse.SOLVER)}
+    SOLVERS: dict[str, Solver] = {s.name: s for s in (rtn.SOLVER, gptq.SOLVER, adaround.SOLVER, sequential_mse.SOLVER, lloyd_max.SOLVER)}
     __all__ = ["PASSES", "SOLVERS", "TRANSFORMS", "Pass"]

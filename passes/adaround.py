@@ -52,13 +52,13 @@ def solve(
         raise OptionError(f"adaround needs iterations >= 1, rate > 0, regularization >= 0 and 0 <= warmup < 1, not {iterations}, {rate}, {regularization} and {warmup}")
     h, weight = hessian(stats, weight, name), weight.detach().float()
     g = grid(weight, scheme, rule=rule, name=name)
-    y = scaled(weight, g)
-    low, high = neighbours(y, scheme.fmt)
-    nearest = encode(y, scheme.fmt)
+    y, fmt = scaled(weight, g), g.fmt
+    low, high = neighbours(y, fmt)
+    nearest = encode(y, fmt)
     error = row_error(weight - dequantize(from_codes(nearest, g)), h)
     base, step = weight - unscaled(low, g), unscaled(high, g) - unscaled(low, g)
     soft = relax(base, step, h, error, iterations=iterations, rate=rate, regularization=regularization, warmup=warmup)
-    learned = encode(torch.where(soft >= 0.5, high, low), scheme.fmt)
+    learned = encode(torch.where(soft >= 0.5, high, low), fmt)
     better = row_error(weight - dequantize(from_codes(learned, g)), h) < error
     raw = torch.where(better[:, None], learned.view(torch.uint8), nearest.view(torch.uint8))
     return from_codes(raw.view(scheme.fmt.dtype), g)

@@ -43,7 +43,7 @@ def solve(
     diagonal: the solution then does not depend on how channels are scaled (smoothed, say). ``damp="mean"`` adds of the mean diagonal, as the paper does: outlier channels, which make the
     mean, then drown the correlations of all others (error 0.81 of round to nearest's where 0.58 is possible, on a language model with six channels 300 times larger).
     ``act_order``: columns with the greatest H_jj first. Scales are then found before (static groups), so that storage keeps the order of the channels.
-    Otherwise a group's scale is found from the updated weights when its first column comes up, unless ``static_groups``, ``clip`` or quantized scales need all scales at once.
+    Otherwise a group's scale is found from the updated weights when its first column comes up, unless ``static_groups``, ``clip``, quantized scales or a codebook need all scales at once.
     ``clip``: start from AWQ's clipped ranges. ``block`` trades nothing but time. A channel that is always zero (H_jj = 0) is rounded to nearest.
     Raises WeightError, naming ``name``, where the weight or H is not finite or H is no second moment; OptionError for options out of range.
     """
@@ -54,7 +54,7 @@ def solve(
     fixed: Grid | None = grid(weight, scheme, rule=rule, name=name)  # raises for what cannot be quantized
     if clip:
         fixed = clip_search(weight, scheme, h, rule=rule, name=name)
-    elif not (act_order or static_groups or scheme.scale is not None):
+    elif not (act_order or static_groups or scheme.scale is not None or scheme.fmt.learned):
         fixed = None
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(h), device=h.device)
     if act_order:
@@ -66,7 +66,7 @@ def solve(
         log.warning("gptq: %s: H is too near to singular; damping raised from %g to %g of its diagonal", name or "(unnamed)", damping, used)
     work = weight.detach().float().t().index_select(0, order)
     scales: _Fixed | _Found = _Found(scheme, rule, weight.shape) if fixed is None else _Fixed(fixed, order)
-    codes = _columns(work, moves, scheme.fmt, scales, spans(len(order), block, scales.whole))
+    codes = _columns(work, moves, scheme.fmt if fixed is None else fixed.fmt, scales, spans(len(order), block, scales.whole))
     codes = codes.index_select(0, torch.argsort(order)).t().contiguous()
     return from_codes(codes.view(scheme.fmt.dtype), scales.grid())
 
@@ -81,11 +81,11 @@ def shrinkage(stats: Stats, k: int) -> float:
 
 
 def stackable(schemes: Sequence[Scheme]) -> bool:
-    """Linears that read the same input may be solved in one call, rows stacked: the schemes are equal, and no group spans rows, not even among quantized scales."""
+    """Linears that read the same input may be solved in one call, rows stacked: the schemes are equal, and rows share neither a scale (nor quantized scales one) nor a codebook."""
     levels = list(schemes[:1])
     while levels and levels[-1].scale is not None:
         levels.append(levels[-1].scale)
-    return len(set(schemes)) == 1 and all(level.group[0] == 1 for level in levels)
+    return len(set(schemes)) == 1 and not schemes[0].fmt.learned and all(level.group[0] == 1 for level in levels)
 
 
 def propagation(h: Tensor, damping: float, name: str = "", damp: str = "channel", own: bool = False) -> tuple[Tensor, float]:

@@ -60,6 +60,8 @@ def _alone(node: fx.Node, site: Site, choice: Choice) -> Skip | None:
         return Skip("a stack of experts is one product already")
     if choice.weight.group[0] != 1 or (choice.weight.scale is not None and choice.weight.scale.group[0] != 1):
         return Skip(f"rows of {choice.weight} share scales")
+    if choice.weight.fmt.learned:
+        return Skip("its codebook is its own")
     if choice.outliers or outliers.dynamic(choice) is not None:
         return Skip("its outlier columns are its own")
     if site.stored is not None:

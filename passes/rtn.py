@@ -15,7 +15,7 @@ from .method import Solver
 def solve(weight: Tensor, scheme: Scheme, stats: Stats | None = None, *, rule: str = "absmax", name: str = "") -> QTensor:
     """``weight`` (N, K), any float dtype. ``rule`` names a row of RANGES. Raises WeightError, naming ``name``, for what cannot be quantized, and OptionError for an unknown rule."""
     g = grid(weight, scheme, rule=rule, name=name)
-    return from_codes(encode(scaled(weight, g), scheme.fmt), g)
+    return from_codes(encode(scaled(weight, g), g.fmt), g)
 
 
 SOLVER = Solver("rtn", solve, needs=())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from qcompile.core.formats import FORMATS
+from qcompile.core.formats import FORMATS, LEARNED
 from qcompile.core.ranges import RANGES
 from qcompile.core.recipe import RECIPES, Choice, Method
 from qcompile.core.scheme import Scheme
@@ -38,7 +38,7 @@ def recipes() -> str:
 
 def formats() -> str:
     """Number formats: bits, kind, range."""
-    return table(("format", "bits", "kind", "least", "greatest"), [(f"`{f.name}`", f.bits, f.kind, f"{f.lo:g}", f"{f.hi:g}") for f in FORMATS.values()])
+    return table(("format", "bits", "kind", "least", "greatest"), [(f"`{f.name}`", f.bits, f.kind, f"{f.lo:g}", f"{f.hi:g}") for f in (*FORMATS.values(), *LEARNED.values())])
 
 
 def kernels() -> str:

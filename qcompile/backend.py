@@ -32,7 +32,7 @@ from qcompile.fill import shapes_of, tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import guard, is_released, release
-from qcompile.missed import limit, of_no_live_linear
+from qcompile.missed import limit, of_no_live_linear, refusals
 from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, Pass
 from qcompile.passes.flatten import flatten
@@ -97,7 +97,8 @@ class CompiledGraph:
         trace_plan(self.sites, self.plan, self.kernels)
         if self.options.dump:
             dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
-        self._report_refusals()
+        for message in refusals(self, inputs):
+            self._refuse(message)
         stored.unfold(lowered)
         kept = self._drop_unread_weights(lowered)
         self._pin(lowered, inputs)
@@ -169,11 +170,6 @@ class CompiledGraph:
             _warn_once(("rules", tuple(missed), names), f"qcompile: rules that matched no linear: {', '.join(map(repr, missed))}. Linears here: {names}, ...")
         self.unused = set(unused)
         self.notes += [f"rule {rule!r} matched nothing" for rule in unused]
-
-    def _report_refusals(self) -> None:
-        reasons = {str(k) for k in self.kernels.values() if isinstance(k, Skip)}
-        for reason in sorted(reasons):
-            self._refuse(f"{sum(str(k) == reason for k in self.kernels.values())} linears are emulated by dequantize + matmul: {reason}")
 
     def _refuse(self, message: str) -> None:
         self.notes.append(message)

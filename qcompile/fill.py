@@ -23,7 +23,7 @@ def tensors_of(slot: Slot, parameter: Tensor, *rest: Tensor) -> list[Tensor]:
     """What a slot reads for its parameters, in the order of ``slot.args``: always the same tensors, up to date."""
     if slot.rest:
         parts = [(s, p) for s, p in zip((replace(slot, rest=()), *slot.rest), (parameter, *rest))]
-        return joined([(p, (s.what, s.view, s.scheme, (s.view, use(s.site), s.key) if s.key else None)) for s, p in parts], [tensors_of(s, p) for s, p in parts])
+        return joined([(p, (s.what, s.view, s.scheme, (s.view, use(s.site), s.key) if s.key else None)) for s, p in parts], lambda: [tensors_of(s, p) for s, p in parts])
     key = (slot.view, use(slot.site), slot.key) if slot.key else None
     if slot.what in ("weight", "columns"):
         return TABLE.packed(parameter, slot.view, slot.scheme, slot.path, key, slot.what)

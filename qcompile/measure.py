@@ -14,7 +14,7 @@ from qcompile.core.errors import QcompileError, Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
-from qcompile.missed import functions, limit, module_of, unread, why_nothing
+from qcompile.missed import LOOP, functions, limit, module_of, unread, why_nothing
 from qcompile.report import Calibrated, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
 from qcompile.sqnr import energy, ratio, sqnr
 
@@ -166,6 +166,8 @@ class _Collector:
         notes += [note for use in self.uses.values() for note in calibrated.missed(use.graph, use.counted, use.names)]
         if not any(row.sites for row in graphs):
             notes.append("no linear was found in the graphs that ran")
+        if any(row.reason.endswith(LOOP) for row, *_ in missed):
+            notes.append("FLOPs are those of the compiled graphs: what the experts compute in their Python loop is not among them")
         if missed and (full := compat.at_recompile_limit(functions(fast))):
             notes.append(limit(full))
         held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from qcompile import compat
+from qcompile.core.errors import Skip
 from qcompile.core.recipe import Rule
 from qcompile.report import KeptRow
 from qcompile.weights import owners
 
+if TYPE_CHECKING:
+    from qcompile.backend import CompiledGraph
+
 TABLES = (nn.Embedding, nn.EmbeddingBag)
+LOOP = "experts run in an eager Python loop, outside every graph and in 16 bits; model.set_experts_implementation('grouped_mm') lets them be compiled"
+
+
+def refusals(graph: CompiledGraph, inputs: Sequence[Any]) -> list[str]:
+    """What a graph, as it is compiled, leaves without a kernel, and experts that its routers choose and no graph will hold."""
+    reasons = [str(kernel) for kernel in graph.kernels.values() if isinstance(kernel, Skip)]
+    said = [f"{reasons.count(reason)} linears are emulated by dequantize + matmul: {reason}" for reason in sorted(set(reasons))]
+    routers = [inputs[site.param.index] for site in graph.sites.values() if site.role == "router"]
+    return said + ([LOOP] if routers and _looped(routers, {id(x) for x in inputs}) else [])
+
+
+def _looped(routers: Sequence[Any], taken: set[int]) -> bool:
+    """Some stack of experts lies beside one of the routers, is told to run one by one (transformers 5: the experts' own configuration), and is not in the graph."""
+    names = owners()
+    beside = tuple(names[id(r)][1].rpartition(".")[0] + "." for r in routers if id(r) in names)
+    return any(
+        path.startswith(beside) and id_ not in taken and owner._parameters[name].dim() == 3 and _one_by_one(owner)  # type: ignore[union-attr]
+        for id_, (owner, path, name) in names.items()
+    )
+
+
+def _one_by_one(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
 
 
 def module_of(fast: Any) -> nn.Module | None:
@@ -35,7 +62,7 @@ def unread(module: nn.Module, seen: set[int], number: Callable[[nn.Parameter], i
             table = isinstance(owner, TABLES)
             reason = "no compiled graph reads it in this call" + (" (an embedding table)" if table else "")
             if p.dim() == 3 and _eager_experts(module, path):
-                reason += ": its experts run in an eager Python loop; model.set_experts_implementation('grouped_mm') lets them be compiled"
+                reason += f": its {LOOP}"
             full = f"{path}.{name}".replace("_orig_mod.", "").strip(".").removesuffix(".weight")
             yield KeptRow(full, tuple(p.shape), "unread", reason, p.nbytes, number(p)), p, not table
 
@@ -46,7 +73,7 @@ def _eager_experts(module: nn.Module, path: str) -> bool:
     for depth in range(len(parts), -1, -1):
         config = getattr(module.get_submodule(".".join(parts[:depth])), "config", None)
         if config is not None:
-            return getattr(config, "_experts_implementation", None) == "eager"
+            return _one_by_one(module.get_submodule(".".join(parts[:depth])))
     return False
 
 

@@ -32,7 +32,7 @@ HELP = {
     "root": "the name under which a compiled layer sits in its model",
     "release": "free each 16-bit weight when it is packed",
     "dump": "a folder for the graph after every pass",
-    "strict": "raise where a linear would run without a kernel, no C++ compiler is found, or calibration finds a collapse; what a recipe keeps in 16 bits is in the report",
+    "strict": "raise where a linear would run without a kernel, experts outside of every graph, no C++ compiler is found, or calibration finds a collapse; what a recipe keeps in 16 bits is in the report",
     "lower": "'inductor' or 'eager' (the quantized graph by its references)",
     "inductor": "options handed on to Inductor",
 }

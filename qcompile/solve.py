@@ -94,12 +94,25 @@ def _rank(method: Method) -> int:
 
 def check_recipe(recipe: Recipe, where: str) -> None:
     """``check`` of the steps of a recipe and of its rules; raises OptionError for a range rule, too, where no range is fixed."""
-    own = [(f"rule {rule.pattern!r} of recipe {recipe.name}", rule.methods, [rule.input]) for rule in recipe.rules if rule.methods is not None]
-    for place, methods, inputs in ((where, recipe.methods, [recipe.input, *(rule.input for rule in recipe.rules if rule.methods is None)]), *own):
+    own = [(f"rule {rule.pattern!r} of recipe {recipe.name}", rule.methods, [rule.input], [rule.weight]) for rule in recipe.rules if rule.methods is not None]
+    plain = [rule for rule in recipe.rules if rule.methods is None]
+    whole = (where, recipe.methods, [recipe.input, *(rule.input for rule in plain)], [recipe.weight, recipe.head, *(rule.weight for rule in plain)])
+    for place, methods, inputs, weights in (whole, *own):
         check(methods, place)
+        _check_values([Scheme.parse(w) for w in weights if w and w != KEEP], methods, place)
         fixed = any(Scheme.parse(x).static for x in inputs if x and x != KEEP)
         if not fixed and (steps := [m for m in methods if m.name == "range"]):
             raise OptionError(f"{place}: {steps[0]} is how the range of a static input is found, and there is none: inputs are {inputs[0] or 'in 16 bits'}. Take input='int8.tensor.static', or leave the step out")
+
+
+def _check_values(weights: Sequence[Scheme], methods: Sequence[Method], place: str) -> None:
+    """Raises OptionError where a step fits values and all are fixed, or searches scales under values that are fitted once the scales are settled."""
+    learned = [w for w in weights if w.fmt.learned]
+    for m in methods:
+        if m.name == "lloyd_max" and weights and not learned:
+            raise OptionError(f"{place}: lloyd_max fits the values of a codebook, and those of {weights[0]} are fixed: take a weight such as 'lut4.g64'")
+        if learned and (m.name == "sequential_mse" or m.options.get("clip")):
+            raise OptionError(f"{place}: {m} searches scales under fixed values, and those of {learned[0]} are fitted once its scales are settled: take lloyd_max, gptq or adaround")
 
 
 def _arguments(fn: Callable[..., object]) -> list[str]:

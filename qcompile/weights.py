@@ -96,7 +96,7 @@ class WeightTable:
 
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def record(self, p: Tensor, path: str = "") -> Record:
         """The record of a parameter, made when first asked for."""
@@ -110,7 +110,7 @@ class WeightTable:
             if key in records and records[key].ref is ref:
                 del records[key]
 
-        with self._lock:
+        with self.lock:
             found = self.get(p)
             if found is None:
                 found = self._records[key] = Record(weakref.ref(p, forget), path)
@@ -156,7 +156,7 @@ class WeightTable:
         if record.released is not None:
             have = ", ".join(f"{k[2]}{' transposed' if k[1] == 't' else ''}" for k in record.entries)
             raise WeightError(f"the 16-bit weight of {path} was released and is packed as {have}; it cannot be packed as {scheme}. Load the weights again first.")
-        with self._lock, compat.no_dispatch_modes(), torch.no_grad():
+        with self.lock, compat.no_dispatch_modes(), torch.no_grad():
             if p.is_meta:
                 raise WeightError(f"parameter {path} is on the meta device: load its values before the first call")
             state, source = state_of(p), p.untyped_storage()  # before the values are read: a change meanwhile is seen on the next call
@@ -198,7 +198,7 @@ class WeightTable:
         if record is None or record.released is None:
             return False
         if p.untyped_storage().nbytes() > p.element_size():
-            with self._lock, compat.no_dispatch_modes(), torch.no_grad():
+            with self.lock, compat.no_dispatch_modes(), torch.no_grad():
                 if bool(p.isnan().all()):
                     self.release(p)
                 else:

@@ -208,3 +208,34 @@ def test_the_readme_has_the_committed_numbers():
     root = Path(accuracy.__file__).resolve().parent.parent
     table = accuracy.markdown(json.loads(accuracy.RESULTS.read_text())["models"])
     assert table in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_the_file_has_is_not_run_again(monkeypatch, tmp_path):
+    """Row by row; a result counts where data, options and method are the same."""
+    from types import SimpleNamespace
+
+    ran, rows = [], (accuracy.Row("a", Method(Grid()), {"recipe": "W8A16"}), accuracy.Row("b", None, {"recipe": "FP4"}))
+    subject = SimpleNamespace(name="s", title="", metric="kl", build=nn.Identity, evaluation=[], read=lambda model: [], metrics=lambda *_: {"kl": 0.0})
+    monkeypatch.setattr(accuracy, "fingerprint", lambda subject: "data")
+    monkeypatch.setattr(accuracy, "run_textbook", lambda model, row, *_: ran.append(("textbook", row.name)) or {"kl": 1.0})
+    monkeypatch.setattr(accuracy, "measure_ours", lambda row, *_: ran.append(("ours", row.name)) or {"kl": 2.0})
+
+    def run(old, rows=rows):
+        ran.clear()
+        kept = []
+        out = accuracy.measure(subject, rows, ["textbook", "ours"], None, accuracy.Console(quiet=True), old, True, lambda new: kept.append(sorted(new["rows"])))
+        return out, kept
+
+    first, kept = run({})
+    assert ran == [("textbook", "a"), ("ours", "a"), ("ours", "b")] and kept == [["a"], ["a", "b"]], "b has no textbook"
+    assert run(first)[0]["rows"] == {} and not ran
+    run(first, (replace(rows[0], method=Method(Grid(4))), replace(rows[1], ours={"recipe": "NF4"})))
+    assert ran == [("textbook", "a"), ("ours", "b")]
+    run({**first, "data": "other"})
+    assert len(ran) == 3
+
+
+def test_which_rows_need_data():
+    need = {row.name: accuracy.needs_data(row) for row in accuracy.ROWS}
+    assert not any(need[name] for name in ("w8a8-tensor", "w4a8", "nf4", "llm-int8", "w8a8-tensor-equalize"))
+    assert all(need[name] for name in ("w8a8-static", "smoothquant", "w4-gptq", "w4-lut", "w4a8-aqas", "llm-int8-static", "w4-rtn-bias"))

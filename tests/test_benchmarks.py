@@ -47,7 +47,17 @@ def test_committed_results_have_no_paths():
     assert not any(part in text for part in ("/work", "/home", "/tmp", "/root"))
 
 
-@pytest.mark.parametrize("section", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["the shipped model", "gpt2", "mixtral"])
+def test_coverage_is_what_explain_says(name):
+    """Rows of the README's table, measured again."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import coverage
+
+    rows = json.loads(coverage.RESULTS.read_text())
+    assert list(rows) == coverage.names() and rows[name] == coverage.measure(name)
+
+
+@pytest.mark.parametrize("section", ["cpu", "gpu", "coverage"])
 def test_the_readmes_numbers_are_made_from_the_results(section):
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme_tables.py"), section], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

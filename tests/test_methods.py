@@ -56,10 +56,10 @@ def unit_of(gm, args, **options):
     return unit
 
 
-def solved(name, dtype, *passes):
+def solved(name, dtype, *passes, weight="int4.g32"):
     """Site -> SQNR of its output in dB, once all are solved in order; None for stacked experts."""
     _, gm, args = captured(name, dtype)
-    unit = unit_of(gm, args, weight="int4.g32", passes=list(passes))
+    unit = unit_of(gm, args, weight=weight, passes=list(passes))
     with said(), torch.no_grad():
         outcome = Run([unit], 1 << 30, lambda: None, lambda line: None).run(again=True)
     return {line.name: line.decibels for line in outcome.solved}
@@ -97,6 +97,23 @@ def test_no_solver_is_worse_than_rounding_to_nearest(name, dtype, step, monkeypa
     nearest, mine = solved(name, dtype), solved(name, dtype, step)
     assert mine.keys() == nearest.keys() and all(db is None or db >= nearest[site] for site, db in mine.items())
     assert mean(mine) > mean(nearest) + 0.5 and min(gains) > 1.01 and len(gains) >= 4
+
+
+@pytest.mark.parametrize(("name", "dtype"), MODELS)
+def test_codebooks_follow_the_inputs(name, dtype, monkeypatch):
+    """What the fit minimizes, errors times the second moment of their columns, is less than without data; and values of a weight's own lose less than a grid's."""
+
+    def compare(weight, scheme, stats, **given):
+        q, seen = fit.fn(weight, scheme, stats, **given), stats["moments"]
+        mine, plain = (float(((weight - dequantize(codes)).square() * seen["square"]).sum()) for codes in (q, quantize(weight, scheme)))
+        gains.append(plain / mine)
+        return q
+
+    fit, gains = SOLVERS["lloyd_max"], []
+    monkeypatch.setitem(SOLVERS, "lloyd_max", replace(fit, fn=functools.wraps(fit.fn)(compare)))
+    mine, nearest = solved(name, dtype, "lloyd_max", weight="lut4.g32"), solved(name, dtype)
+    assert len(gains) >= 4 and min(gains) > 0.99 and sum(gains) > len(gains)
+    assert mine.keys() == nearest.keys() and mean(mine) > mean(nearest)
 
 
 @pytest.mark.parametrize(("name", "dtype"), MODELS)

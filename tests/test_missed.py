@@ -7,10 +7,13 @@ import types
 import pytest
 import torch
 from explained import EAGER
+from small import close, rounded, said
+from tiny_models import tiny
 from torch import nn
 
 import qcompile
 from qcompile.core.errors import QcompileError
+from qcompile.missed import LOOP
 
 
 class Loop(nn.Module):
@@ -38,6 +41,31 @@ def test_experts_in_a_python_loop(implementation):
     assert row.name.endswith("experts") and row.reason.startswith("no compiled graph reads it in this call")
     assert ("set_experts_implementation('grouped_mm')" in row.reason) == (implementation == "eager")
     assert report.totals.coverage == 1 / 5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_transformers_eager_experts(name):
+    """Dynamo breaks the graph where the loop begins, and runs the loop as it is: the rest is quantized, and nobody is left to think that the experts are."""
+    model, inputs = tiny(name)
+    model.set_experts_implementation("eager")
+    with torch.no_grad(), said() as texts:
+        fast = torch.compile(model, backend="qcompile", options=EAGER | {"recipe": "W8A16"})
+        y = fast(**inputs).logits
+        assert close(y, rounded(model, keep=("gate", "lm_head"))(**inputs).logits, 1e-4)
+        report = qcompile.explain(fast, **inputs)
+    assert [text for text in texts if "Python loop" in text] == [f"qcompile: {LOOP}"], "once, not for each layer"
+    rows = [row for row in report.kept if row.reason.endswith(LOOP)]
+    assert len(rows) == 4 and all("experts" in row.name for row in rows) and report.totals.coverage < 0.3
+    assert any("FLOPs are those of the compiled graphs" in note for note in report.notes)
+    assert {row.name.rpartition(".")[2] for row in report.sites} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="eager Python loop"):
+        torch.compile(model, backend="qcompile", options=EAGER | {"recipe": "W8A16", "strict": True})(**inputs)
+    torch._dynamo.reset()
+    model.set_experts_implementation("grouped_mm")
+    with torch.no_grad(), said() as texts:
+        report = qcompile.explain(torch.compile(model, backend="qcompile", options=EAGER | {"recipe": "W8A16", "strict": True}), **inputs)
+    assert not texts and report.totals.coverage == 1.0
 
 
 @pytest.mark.parametrize("what", ["module", "other backend", "function", "grad", "disabled"])

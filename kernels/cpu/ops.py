@@ -89,7 +89,7 @@ def weight_only(x: Tensor, weight: Sequence[Tensor], w: Scheme) -> Tensor:
     scale, zero = _by_row(weight[1], w, n), _by_row(weight[2], w, n) if w.zero != "none" else None
     offset = None if zero is None else -zero if w.zero == "min" else -zero * scale
     plain = codes.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2) or w.fmt.name == "uint8"
-    return table_linear(x.float(), codes, None if plain else _table(w.fmt.name), scale, offset, w.extent(n, k)[1])
+    return table_linear(x.float(), codes, weight[-1].float() if w.fmt.learned else None if plain else _table(w.fmt.name), scale, offset, w.extent(n, k)[1])
 
 
 def integer(x: Tensor, x_scale: Tensor, weight: Sequence[Tensor], w: Scheme) -> Tensor:

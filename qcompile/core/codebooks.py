@@ -18,13 +18,14 @@ _FP4_MAGNITUDES = tuple(v / 12 for v in (0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0))
 BNB_FP4 = (*(-v for v in reversed(_FP4_MAGNITUDES)), 0.0, *_FP4_MAGNITUDES)
 
 
-def fit_codebook(t: Tensor, bits: int, counts: Tensor | None = None, iterations: int = 500) -> Tensor:
+def fit_codebook(t: Tensor, bits: int, counts: Tensor | None = None, iterations: int = 500, start: Tensor | None = None) -> Tensor:
     """The ``2**bits`` values of the least squared error on ``t``: Lloyd-Max (Lloyd 1957, Max 1960). (2**bits,) float32, ascending.
 
     ``t`` has any shape; ``counts``, broadcastable to it, says how often each value occurs. The result is a format, not a scale: rows for ``Format(values=...)``, to be fitted to values as they are
     after division by their scales. Alternates ``t_i = (c_i + c_i+1) / 2`` and ``c_i = mean of [t_i-1, t_i)``: first with what lies between two neighbouring values as a density, for on isolated values
     the iteration halts wherever no boundary passes one; then, which can only lower the error, on the values as they are. Each for ``iterations`` or until nothing moves.
-    A code whose cell is empty goes to the worst cell, so that only fewer distinct values than codes leave equal ones. Raises WeightError where there is no finite value to fit.
+    From ``start`` (2**bits,), ascending, only the second is done, and the error never grows. A code whose cell is empty goes to the worst cell, so that only fewer distinct values than codes
+    leave equal ones. Raises WeightError where there is no finite value to fit.
     """
     x, order = t.detach().flatten().double().sort()
     w = torch.ones_like(x) if counts is None else counts.detach().expand_as(t).flatten().double()[order]
@@ -36,7 +37,9 @@ def fit_codebook(t: Tensor, bits: int, counts: Tensor | None = None, iterations:
     sums = torch.stack([_running(w * x**n) for n in range(3)])  # of w, w x and w x^2 over the values before each
     middle = (torch.arange(2**bits, device=x.device) + 0.5) / 2**bits * sums[0, -1]
     c = x[torch.searchsorted(sums[0, 1:], middle).clamp(max=len(x) - 1)]  # quantiles
-    for between in (True, False):
+    if start is not None:
+        c = start.double()
+    for between in (True, False) if start is None else (False,):
         for _ in range(iterations):
             moved = _step(c, x, sums, between)
             still = bool((moved - c).abs().max() <= 1e-9 * (x[-1] - x[0]))
@@ -45,6 +48,41 @@ def fit_codebook(t: Tensor, bits: int, counts: Tensor | None = None, iterations:
                 break
     fitted: Tensor = c.float()
     return fitted
+
+
+BINS, PIECE = 1 << 14, 1 << 24
+"""Bins of a tensor's values, and how many of these are sorted into them at a time."""
+
+
+def fit_many(x: Tensor, bits: int, importance: Tensor | None = None, iterations: int = 100) -> Tensor:
+    """``fit_codebook`` of a whole weight ``x`` (..., K), float32, from a histogram of BINS equal bins between its least and its greatest value: at most 2**-15 of that range off, in a fraction of the time.
+
+    ``importance`` (K,): what an error in each column counts, zero or more. The fit ends in one of many local optima: of that from the start and that from where every column counts alike, the
+    better is taken. Counts are integers, whose sums no order changes: the same values from run to run, on a GPU, too.
+    """
+    plain = _values(x, None)
+    every = fit_codebook(plain[0], bits, plain[1], iterations)
+    if importance is None or bool(importance.amin() == importance.amax()):
+        return every
+    values, counts = _values(x, importance)
+    assert counts is not None
+    both = [fit_codebook(values, bits, counts, iterations, start) for start in (None, every)]
+    return min(both, key=lambda c: float(((values - c[torch.bucketize(values, (c[1:] + c[:-1]) / 2)]).double().square() * counts).sum()))
+
+
+def _values(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is fitted, and what each of it counts: all of a few values, the centres of bins of many."""
+    each = None if importance is None else (importance.to(x.device).double() / importance.amax() * (1 << 20)).round().long()
+    if x.numel() <= BINS:
+        return x, None if each is None else each.expand_as(x)
+    lo, hi = (float(end) for end in torch.aminmax(x))
+    width = (hi - lo) / BINS or 1.0
+    counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    for part in rows.split(max(1, PIECE // rows.shape[1])):
+        bins = ((part - lo) / width).long().clamp_(0, BINS - 1)
+        counts += torch.bincount(bins.flatten(), minlength=BINS) if each is None else torch.zeros_like(counts).index_add_(0, bins.flatten(), each.expand_as(bins).flatten())
+    return lo + (torch.arange(BINS, device=x.device) + 0.5) * width, counts
 
 
 def _running(v: Tensor) -> Tensor:

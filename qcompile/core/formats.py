@@ -1,6 +1,7 @@
 """Number formats as data: one row per format, one ``encode``, one ``decode``.
 
-A format of at most 8 bits is an integer grid, a minifloat (four numbers describe it) or a table of values (NF4, FP4, a learned codebook).
+A format of at most 8 bits is an integer grid, a minifloat (four numbers describe it) or a table of values (NF4, FP4); or "learned", a table that every tensor brings its own values for
+(``LEARNED``): ``fitted`` makes of it and of these values the format that codes are taken in.
 A code is an integer; ``decode`` gives its value. Invariants, each tested for every row: ``encode(decode(c)) == c`` up to the sign of zero,
 ``encode`` is monotone, and what lies outside the range saturates. Ties go to the even code, as in IEEE 754; in a table to the lower one, as in bitsandbytes.
 NaN stays NaN where a native format has a code for it and is zero elsewhere, on every device.
@@ -11,7 +12,7 @@ NaN stays NaN where a native format has a code for it and is zero elsewhere, on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -33,7 +34,7 @@ class Format:
 
     name: str
     bits: int
-    kind: Literal["int", "float", "table"]
+    kind: Literal["int", "float", "table", "learned"]
     signed: bool = True
     exp: int = 0
     specials: Literal["none", "nan", "ieee"] = "none"
@@ -53,17 +54,26 @@ class Format:
         """The least representable value."""
         if self.kind == "int":
             return -(2.0 ** (self.bits - 1)) if self.signed else 0.0
+        if self.kind == "learned":
+            return -1.0
         return self.values[0] if self.kind == "table" else -self.hi
 
     @property
     def hi(self) -> float:
         """The greatest representable value; a symmetric scale maps the absolute maximum here."""
+        if self.kind == "learned":
+            return 1.0
         return 2.0 ** (self.bits - self.signed) - 1 if self.kind == "int" else numbers(self)[-1]
 
     @property
     def dtype(self) -> torch.dtype:
         """Storage of one unpacked code."""
         return self.native or (torch.int8 if self.kind == "int" and self.signed else torch.uint8)
+
+    @property
+    def learned(self) -> bool:
+        """Each tensor has its own table of values, fitted to it after division by its scales: these map the absolute maximum to 1."""
+        return self.kind == "learned"
 
     @property
     def integral(self) -> bool:
@@ -75,12 +85,19 @@ def _bias(fmt: Format) -> int:
     return (1 << (fmt.exp - 1)) - 1
 
 
-@lru_cache(None)
+def fitted(fmt: Format, codebook: Tensor) -> Format:
+    """The table of one tensor: a learned format with its values, (2**bits,) float32, ascending."""
+    return replace(fmt, kind="table", values=tuple(codebook.tolist()))
+
+
+@lru_cache(1024)
 def numbers(fmt: Format) -> tuple[float, ...]:
     """Representable values, ascending; of a minifloat only the non-negative half, so that index equals magnitude code."""
     if fmt.kind == "int":
         low = -(2 ** (fmt.bits - 1)) if fmt.signed else 0
         return tuple(float(low + i) for i in range(2**fmt.bits))
+    if fmt.learned:
+        raise AssertionError(f"{fmt} has no values before they are fitted")
     if fmt.kind == "table":
         return fmt.values
     bias, steps = _bias(fmt), 2**fmt.man
@@ -94,7 +111,7 @@ def grid(fmt: Format) -> Tensor:
     return torch.tensor(numbers(fmt), dtype=torch.float32)
 
 
-@lru_cache(None)
+@lru_cache(1024)
 def table(fmt: Format) -> Tensor:
     """Value of each code, (2**bits,) float32 on the CPU, indexed by the code read as unsigned. Codes that no value has (NaN, unused) read as NaN, or 0 in a table."""
     out = torch.zeros(2**fmt.bits)
@@ -166,9 +183,9 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
 
 def find(name: str, where: str = "") -> Format:
     """The row called ``name``; raises OptionError with the list of rows."""
-    if name not in FORMATS:
-        raise unknown("format", name, FORMATS, where)
-    return FORMATS[name]
+    if name not in FORMATS and name not in LEARNED:
+        raise unknown("format", name, [*FORMATS, *LEARNED], where)
+    return FORMATS.get(name) or LEARNED[name]
 
 
 def _float(name: str, specials: Literal["none", "nan", "ieee"] = "none", native: torch.dtype | None = None) -> Format:
@@ -186,3 +203,5 @@ _ROWS = (
     Format("fp4", 4, "table", values=BNB_FP4),
 )
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
+LEARNED: dict[str, Format] = {f"lut{b}": Format(f"lut{b}", b, "learned") for b in (2, 3, 4)}
+"""Formats of weights whose values are fitted to each tensor by Lloyd and Max's rule (``codebooks``), and stored beside its codes."""

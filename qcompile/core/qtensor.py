@@ -7,14 +7,15 @@ Shapes: ``x`` is (..., N, K); the leading axes are independent (the experts of a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import WeightError, unknown
-from .formats import decode, encode
+from .codebooks import fit_many
+from .errors import OptionError, WeightError, unknown
+from .formats import Format, decode, encode, fitted
 from .layouts import LAYOUTS
 from .ranges import RANGES, TINY
 from .scheme import FULL, Scheme
@@ -31,13 +32,15 @@ def stored_dtype(scheme: Scheme) -> torch.dtype:
 
 @dataclass
 class QTensor:
-    """Packed ``codes``, ``scale`` (..., grid), ``zero`` (integer points as uint8 or int8, or minima), the scheme, and K, which packing may have padded."""
+    """Packed ``codes``, ``scale`` (..., grid), ``zero`` (integer points as uint8 or int8, or minima), the scheme, and K, which packing may have padded; ``codebook`` (..., 2**bits) float32,
+    the values of a learned format."""
 
     codes: Tensor
     scale: Tensor | QTensor
     zero: Tensor | QTensor | None
     scheme: Scheme
     k: int
+    codebook: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,8 +53,8 @@ class QTensor:
         return sum(t.nbytes for t in self.flatten())
 
     def flatten(self) -> list[Tensor]:
-        """The plain tensors, in the order that ``unflatten`` takes: codes, scale..., zero..."""
-        return [self.codes, *_flat(self.scale), *(_flat(self.zero) if self.zero is not None else [])]
+        """The plain tensors, in the order that ``unflatten`` takes: codes, scale..., zero..., codebook."""
+        return [self.codes, *_flat(self.scale), *(_flat(self.zero) if self.zero is not None else []), *([self.codebook] if self.codebook is not None else [])]
 
     @staticmethod
     def unflatten(tensors: Sequence[Tensor], scheme: Scheme, k: int) -> QTensor:
@@ -72,7 +75,7 @@ def _build(tensors: Iterator[Tensor], scheme: Scheme, k: int) -> QTensor:
 
     scale = nested()
     zero = None if scheme.zero == "none" else next(tensors) if scheme.zero == "point" else nested()
-    return QTensor(codes, scale, zero, scheme, k)
+    return QTensor(codes, scale, zero, scheme, k, next(tensors) if scheme.fmt.learned else None)
 
 
 def tile(x: Tensor, group: tuple[int, int]) -> Tensor:
@@ -92,10 +95,24 @@ def untile(t: Tensor, n: int, k: int) -> Tensor:
 
 def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype | None = None) -> QTensor:
     """Round to nearest. ``x``: (..., N, K), any float dtype, at least 2-D. Raises WeightError, naming ``name``, where ``x`` is not finite or the format has no sign for it."""
+    if scheme.fmt.learned:
+        return _on_codebooks(x, scheme, rule, name, scale_dtype)
     _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
     t = tile(x.detach().float(), scheme.extent(*x.shape[-2:]))
     scale, zero = RANGES[rule](t, scheme, (-3, -1))
     return assign(t, scale, zero, scheme, x.shape, name, scale_dtype)
+
+
+def _on_codebooks(x: Tensor, scheme: Scheme, rule: str, name: str, scale_dtype: torch.dtype | None) -> QTensor:
+    """``quantize`` for a learned format: each (N, K) has a codebook of its own. Of a tensor without values only shapes are asked for."""
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        plain = quantize(x, replace(scheme, fmt=replace(scheme.fmt, kind="table", values=(-1.0, 1.0))), rule=rule, name=name, scale_dtype=scale_dtype)
+        return QTensor(plain.codes, plain.scale, plain.zero, scheme, plain.k, x.new_empty((*x.shape[:-2], 2**scheme.fmt.bits), dtype=torch.float32))
+    if x.dim() > 2 and x.numel():
+        parts = [quantize(part, scheme, rule=rule, name=name, scale_dtype=scale_dtype) for part in x]
+        return QTensor.unflatten([torch.stack(t) for t in zip(*(part.flatten() for part in parts))], scheme, parts[0].k)
+    g = grid(x, scheme, rule=rule, name=name, scale_dtype=scale_dtype)
+    return from_codes(encode(scaled(x, g), g.fmt), g)
 
 
 def _check(x: Tensor, scheme: Scheme, what: str) -> None:
@@ -161,7 +178,8 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values, (..., N, K): ``q * s``, ``(q - z) * s`` or ``q * s - m``, computed in float32."""
     n, k = q.shape[-2:]
     r, c = group = q.scheme.extent(n, k)
-    t = decode(unpack(q), q.scheme.fmt)
+    codes = unpack(q)
+    t = decode(codes, q.scheme.fmt) if q.codebook is None else q.codebook.float().gather(-1, codes.flatten(-2).long()).view(codes.shape)
     ragged = n % r != 0 or k % c != 0
     if not ragged:
         t = tile(t, group)
@@ -202,6 +220,12 @@ class Grid:
     zero: Tensor | QTensor | None
     scheme: Scheme
     shape: tuple[int, ...]
+    codebook: Tensor | None = None
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the codes: the scheme's, of a learned one with the values that were fitted."""
+        return self.scheme.fmt if self.codebook is None else fitted(self.scheme.fmt, self.codebook)
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Scale (at least TINY, as ``assign`` divides by it) and zero, float32 (..., N/r, K/c)."""
@@ -224,7 +248,13 @@ def find_range(x: Tensor, scheme: Scheme, rule: str = "absmax") -> tuple[Tensor,
 
 
 def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str = "", scale_dtype: torch.dtype | None = None) -> Grid:
-    """The grid that stores ``scale`` and ``zero``, float32 (..., N/r, K/c), for a tensor of ``shape``."""
+    """The grid that stores ``scale`` and ``zero``, float32 (..., N/r, K/c), for a tensor of ``shape``. Raises OptionError for a learned format: its values are fitted under scales that are settled."""
+    if scheme.fmt.learned:
+        raise OptionError(f"scheme '{scheme}': the values of {scheme.fmt} are fitted to the whole weight, so that its scales cannot be searched; take rtn, lloyd_max, adaround, or gptq without clip")
+    return _grid(scale, zero, scheme, shape, name, scale_dtype)
+
+
+def _grid(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int], name: str, scale_dtype: torch.dtype | None) -> Grid:
     stored = _store(scale[..., :, None, :, None], scheme, name, scale_dtype)
     held: Tensor | QTensor | None = None
     if zero is not None:
@@ -232,10 +262,12 @@ def grid_of(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[
     return Grid(stored, held, scheme, tuple(shape))
 
 
-def grid(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype | None = None) -> Grid:
-    """The grid on which ``quantize(x, scheme, rule=rule)`` rounds; raises the same errors."""
+def grid(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "", scale_dtype: torch.dtype | None = None, importance: Tensor | None = None) -> Grid:
+    """The grid on which ``quantize(x, scheme, rule=rule)`` rounds; raises the same errors. ``x`` (..., N, K), of a learned format (N, K), whose values are fitted here;
+    ``importance`` (K,) then says what an error in each column counts."""
     _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
-    return grid_of(*find_range(x, scheme, rule), scheme, x.shape, name, scale_dtype)
+    g = _grid(*find_range(x, scheme, rule), scheme, x.shape, name, scale_dtype)
+    return replace(g, codebook=fit_many(scaled(x, g), scheme.fmt.bits, importance)) if scheme.fmt.learned else g
 
 
 def scaled(x: Tensor, g: Grid) -> Tensor:
@@ -257,12 +289,12 @@ def unscaled(y: Tensor, g: Grid) -> Tensor:
 
 def rounded(x: Tensor, g: Grid) -> Tensor:
     """``x`` rounded to nearest on a grid, float32: what ``dequantize`` gives of its codes, without the packing."""
-    return unscaled(decode(encode(scaled(x, g), g.scheme.fmt), g.scheme.fmt), g)
+    return unscaled(decode(encode(scaled(x, g), g.fmt), g.fmt), g)
 
 
 def from_codes(codes: Tensor, g: Grid) -> QTensor:
     """``codes`` (..., N, K) as ``encode`` gives them, on a grid."""
-    return QTensor(pack(codes.contiguous(), g.scheme), g.scale, g.zero, g.scheme, g.shape[-1])
+    return QTensor(pack(codes.contiguous(), g.scheme), g.scale, g.zero, g.scheme, g.shape[-1], g.codebook)
 
 
 def split_rows(q: QTensor, sizes: Sequence[int]) -> list[QTensor]:

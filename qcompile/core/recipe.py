@@ -21,6 +21,8 @@ KEEP = "16bit"
 def input_scheme(spelling: str | Scheme) -> Scheme:
     """The scheme of activations that a spelling names; OptionError for what only weights have."""
     s = Scheme.parse(spelling)
+    if s.fmt.learned:
+        raise OptionError(f"input scheme '{s}': a codebook is fitted to a weight, which stays as it is; activations take a format of fixed values")
     if s.group[0] not in (1, FULL) or s.zero == "min" or s.scale is not None or s.layout:
         raise OptionError(
             f"input scheme '{s}': activations are scaled by 'tensor', 'row' or 'g<columns>', with 'point' or without; blocks of rows, minima, quantized scales and layouts are for weights"
@@ -201,6 +203,7 @@ _ROWS = (
     Recipe("FP8", "e4m3.row", "e4m3.row", doc="FP8 E4M3, weights per row and activations per token"),
     Recipe("FP8_TENSOR", "e4m3.tensor", "e4m3.tensor", doc="FP8 E4M3, one scale for each tensor, taken at run time"),
     Recipe("NF4", "nf4.g64", doc="QLoRA's 4-bit NormalFloat in blocks of 64, 16-bit activations"),
+    Recipe("W4A16_LUT", "lut4.g64", passes=("lloyd_max",), doc="sixteen values of each weight's own, fitted by Lloyd and Max's rule to what an error costs, 16-bit activations"),
     Recipe("FP4", "fp4.g64", doc="bitsandbytes' FP4 in blocks of 64, 16-bit activations"),
     Recipe("INT8_ABSMAX", "int8.tensor", "int8.tensor", doc="baseline of the LLM.int8() paper: one range for each tensor"),
     Recipe("INT8_ZEROPOINT", "int8.tensor.point", "int8.tensor.point", doc="baseline of the LLM.int8() paper: one asymmetric range for each tensor"),

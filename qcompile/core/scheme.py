@@ -9,6 +9,7 @@ A spelling reads ``format.group[.point|.min][.static][.layout][/scheme of the sc
     int8.tensor.static       one scale, fixed at calibration
     nf4.g64/int8.g256        scales themselves quantized ("double quantization")
     e2m1.g16/e4m3.tensor     NVFP4
+    lut4.g64                 sixteen values of the tensor's own, fitted by Lloyd and Max's rule
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Scheme:
             raise OptionError(f"scheme '{self}': an integer zero point needs an integer format; 'min' works for every format")
         if self.layout == "planes" and self.fmt.bits == 8:
             raise OptionError(f"scheme '{self}': codes of 8 bits fill their bytes; 'planes' packs narrower ones")
+        if self.scale is not None and self.scale.fmt.learned:
+            raise OptionError(f"scheme '{self}': scales have no codebook of their own; {self.scale.fmt} is for weights")
         if self.scale is not None and self.scale.static:
             raise OptionError(f"scheme '{self}': scales have no static range; write '/{replace(self.scale, static=False)}'")
         if self.zero == "min" and self.fmt.lo != 0 and self.scale is not None and self.scale.fmt.lo == 0 and self.scale.zero == "none":
@@ -104,12 +107,13 @@ class Scheme:
         return min(r or n, n) or 1, min(c or k, k) or 1
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """Bits that one element costs on a tensor of ``shape``: padding, scales (16 bits for groups, 32 for whole rows, unless quantized) and zero points (8) included, so that it is what memory holds."""
+        """Bits that one element costs on a tensor of ``shape``: padding, scales (16 bits for groups, 32 for whole rows, unless quantized), zero points (8) and a codebook (32 a value) included, so that it is what memory holds."""
         grid = self.grid_shape(shape)
         meta = self.scale.bits_per_weight(grid) if self.scale else 32.0 if self.group[1] == FULL else 16.0
         zero = {"none": 0.0, "point": 8.0, "min": meta}[self.zero]
         stored = 8 * LAYOUTS[self.packing].row_bytes(shape[-1], self.fmt.bits) / max(shape[-1], 1)
-        return stored + (meta + zero) * math.prod(grid) / max(math.prod(shape), 1)
+        codebook = 32.0 * 2**self.fmt.bits / max(shape[-2] * shape[-1], 1) if self.fmt.learned else 0.0
+        return stored + (meta + zero) * math.prod(grid) / max(math.prod(shape), 1) + codebook
 
 
 @lru_cache(1024)  # ops parse their scheme on every call

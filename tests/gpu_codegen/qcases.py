@@ -228,3 +228,12 @@ def gated() -> Parts:
         model = Gated(192, 40, ACTIVATIONS[name if name in ACTIVATIONS else "silu"].fn).eval().to(torch.bfloat16)
         parts.update(quantized(model, (bf16(2, 33, 192),), {name: {"recipe": "W4A8" if name == "ragged" else "W8A8"}}))
     return parts
+
+
+def codebooks() -> Parts:
+    """Weights with values of their own, which no kernel decodes: one row and many."""
+    parts: Parts = {}
+    for rows in (1, 64):
+        torch._dynamo.reset()
+        parts |= quantized(nn.Linear(256, 512, bias=False).to(torch.bfloat16), [bf16(rows, 256)], {f"{rows} rows": {"weight": "lut4.g64", "recipe": "W4A16"}})
+    return parts

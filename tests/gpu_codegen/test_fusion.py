@@ -297,15 +297,21 @@ def test_parts_of_k_are_added_where_they_are_read(qcase: QCase) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["W4A16", "W4A8", "W8A8", "W8A16", "FP8", "NF4"])
 def test_gated_products_for_the_rows_at_hand(qcase: QCase, recipe: str) -> None:
-    """One kernel with two sums in the tiles of an 8B model, none of which spills; with many rows 16-bit activations and FP8 go to the library, and the product is one of its own."""
+    """One kernel with two sums in the tiles of an 8B model, none of which spills. With more rows than 64 of 16 bits, and many of FP8, the product is one of its own."""
     parts = qcase("gated", compile="triton_tem")
-    quantize = [] if recipe.endswith("16") or recipe == "NF4" else ["per"]
-    for rows in ("1", "16", "64", "200", *(("dynamic 48", "dynamic 192") if recipe in ("W4A16", "W4A8", "W8A8", "FP8") else ())):
+    wide = recipe.endswith("16") or recipe == "NF4"
+    quantize = [] if wide else ["per"]
+    dynamic = recipe in ("W4A16", "W4A8", "W8A8", "FP8")
+    for rows in ("1", "16", "64", "200", *(("dynamic 48", "dynamic 192") if dynamic else ())):
         part = parts[f"{recipe} {rows}"]
+        if wide and rows in ("200", "dynamic 192"):
+            assert kinds(part) == ["tem", "poi"]
+            compiled(part, "triton_tem")
+            continue
         assert kinds(part) == [*quantize, "tem"]
         assert [stored(row) for row in templates(part)] == [["bf16"]] and "acc_up" in templates(part)[0]["source"]
         compiled(part, "triton_tem")
-    for rows in ("4096", *(("dynamic 1024",) if recipe in ("W4A16", "W4A8", "W8A8", "FP8") else ())):
+    for rows in ("4096", *(("dynamic 1024",) if dynamic else ())):
         part = parts[f"{recipe} {rows}"]
         if recipe in ("W4A8", "W8A8"):
             assert kinds(part) == [*quantize, "tem"]
@@ -321,3 +327,13 @@ def test_every_activation_compiles(qcase: QCase) -> None:
     for name in ("ragged", "silu", "gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid"):
         assert kinds(parts[name]) == ["per", "tem"] and "linear_glu" in parts[name]["calls"][1]
         compiled(parts[name], "triton_tem")
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_codebooks_are_read_in_the_kernel_that_dequantizes(qcase: QCase, rows: int) -> None:
+    """One kernel reads codes, scales and the sixteen values, which are an input, and stores 16 bits; the library multiplies."""
+    part = qcase("codebooks")[f"{rows} rows"]
+    first = part["kernels"][0]
+    assert stored(first) == ["bf16"] and re.findall(r"'in_ptr\d+': '\*(\w+)'", first["source"]) == ["u8", "fp32", "bf16"]
+    assert len([k for k in kinds(part) if "mm" in k]) == 1 and kinds(part)[0] == "poi"
+    compiled(part)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny_models import tiny
 from torch import nn
 
 import qcompile
+from qcompile import fill
 from qcompile.passes.infra import text
 from qcompile.weights import TABLE
 
@@ -80,6 +83,32 @@ def test_one_copy_that_follows_the_weights():
         assert qcompile.release_weights(model) > 0
         assert torch.equal(f(x), truth)
         assert close(model.state_dict()["up.weight"], Gated_copy(model).up.weight, 0.02)
+
+
+def test_two_graphs_at_once_join_once(built, monkeypatch):
+    """Two threads take the joined weights of two graphs: each waits, once it has read the parts, for the other to have read them, too; which one that holds the lock waits for in vain."""
+    model, x = Gated(), torch.randn(5, 32)
+    with torch.no_grad():
+        fast(model)(x)
+    (slot,) = [s for s in built[0].slots if s.rest]
+    model = Gated_copy(model)  # whose weights nobody joined
+    parameters = [model.gate.weight, model.up.weight]
+    met, packed, got = threading.Barrier(2), TABLE.packed, []
+
+    def read(p, *rest):
+        found = packed(p, *rest)
+        if p is parameters[1]:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                met.wait(1)
+        return found
+
+    monkeypatch.setattr(TABLE, "packed", read)
+    threads = [threading.Thread(target=lambda: got.append(fill.tensors_of(slot, *parameters))) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(got) == 2 and got[0][0] is got[1][0], "two copies"
 
 
 def Gated_copy(model: Gated) -> Gated:
