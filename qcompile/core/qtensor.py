@@ -97,10 +97,31 @@ def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "",
     """Round to nearest. ``x``: (..., N, K), any float dtype, at least 2-D. Raises WeightError, naming ``name``, where ``x`` is not finite or the format has no sign for it."""
     if scheme.fmt.learned:
         return _on_codebooks(x, scheme, rule, name, scale_dtype)
+    if x.numel() > PIECE and len(x) > 1 and type(x) in (Tensor, torch.nn.Parameter) and (x.dim() > 2 or by_rows(scheme)):
+        return _in_pieces(x, scheme, rule, name, scale_dtype)
     _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
     t = tile(x.detach().float(), scheme.extent(*x.shape[-2:]))
     scale, zero = RANGES[rule](t, scheme, (-3, -1))
     return assign(t, scale, zero, scheme, x.shape, name, scale_dtype)
+
+
+PIECE = 2**24
+"""Elements that are quantized at a time where rows do not depend on each other: what is computed in float32 on the way is several times as large as a weight of 16 bits."""
+
+
+def by_rows(scheme: Scheme) -> bool:
+    """No group, and no group of scales, spans rows."""
+    return scheme.group[0] == 1 and (scheme.scale is None or by_rows(scheme.scale))
+
+
+def _in_pieces(x: Tensor, scheme: Scheme, rule: str, name: str, scale_dtype: torch.dtype | None) -> QTensor:
+    """``quantize`` along the first axis, bit for bit the same."""
+    try:
+        parts = [quantize(part, scheme, rule=rule, name=name, scale_dtype=scale_dtype) for part in x.split(max(1, PIECE * len(x) // x.numel()))]
+    except WeightError:
+        _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")  # names the place in all of it
+        raise
+    return QTensor.unflatten([torch.cat(tensors) for tensors in zip(*(part.flatten() for part in parts), strict=True)], scheme, parts[0].k)
 
 
 def _on_codebooks(x: Tensor, scheme: Scheme, rule: str, name: str, scale_dtype: torch.dtype | None) -> QTensor:

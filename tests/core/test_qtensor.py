@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompile.core import qtensor as QTENSOR
 from qcompile.core.errors import WeightError
 from qcompile.core.formats import FORMATS, table
 from qcompile.core.qtensor import GROUP_SCALE, QTensor, dequantize, quantize, tile, unpack, untile, value
@@ -322,3 +323,25 @@ def test_gguf_q4_0_by_hand():
     scale = float(q.scale[0, 0])
     assert scale == pytest.approx(2 / 7, rel=2**-8)
     assert unpack(q)[0].tolist() == [max(-8, min(7, round(float(v) / scale))) for v in x[0]]
+
+
+@pytest.mark.parametrize("spelling", ["int4.g32", "uint4.g32.point", "uint4.g32.min", "nf4.g32/int8.row", "int8.row", "e4m3.row", "int3.g32", "int8.tensor", "nf4.g32/int8.tensor", "int4.b16x32"])
+@pytest.mark.parametrize("shape", [(37, 96), (5, 12, 96)], ids=str)
+def test_in_pieces_is_the_same(monkeypatch, spelling, shape):
+    """Large weights are quantized some rows at a time where rows do not depend on each other; schemes whose groups span rows are not."""
+    x, scheme = torch.randn(shape), Scheme.parse(spelling)
+    whole = quantize(x, scheme).flatten()
+    monkeypatch.setattr(QTENSOR, "PIECE", 700)
+    calls = []
+    real = QTENSOR._in_pieces
+    monkeypatch.setattr(QTENSOR, "_in_pieces", lambda *args: (calls.append(1), real(*args))[1])
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(quantize(x, scheme).flatten(), whole, strict=True))
+    assert bool(calls) == (len(shape) > 2 or QTENSOR.by_rows(scheme))
+
+
+def test_errors_in_pieces_name_the_place_in_all_of_the_weight(monkeypatch):
+    monkeypatch.setattr(QTENSOR, "PIECE", 100)
+    x = torch.randn(40, 32)
+    x[33, 7] = float("nan")
+    with pytest.raises(WeightError, match=r"parameter w of shape \(40, 32\).*\(33, 7\)"):
+        quantize(x, Scheme.parse("int8.row"), name="w")
