@@ -25,6 +25,7 @@ from gpu_model import Decoder, build, check, compiled
 
 GROUPS = ("linear", "attention", "cache", "rest")
 PATTERNS = (
+    ("linear", r"triton_tem.*linear"),  # o's product has attention in its name, too, from what makes its input
     ("attention", r"flash|fmha|attention|sdpa|softmax|mha_"),
     ("linear", r"triton_tem|qcompile_|nvjet|gemm|gemv|cutlass|cublas|splitk|scaled_mm|gemvx|dot_kernel|reduce_1Block"),
     ("cache", r"index_copy|index_put|index_add|indexfunc|copyPlane|repeat|fused.*(clone|expand)|catarray|CatArray|memcpy|memset|DtoD"),

@@ -135,6 +135,8 @@ def markdown(report: Report) -> list[str]:
             found += ["", *function(report)]
     if lost := missing(report):
         found += ["", "Not measured: " + "; ".join(text[:160].replace("|", "/").replace("\n", " ") for text in lost) + "."]
+    if note := report.get("note"):
+        found += ["", f"Of these numbers: {note}."]
     return found
 
 

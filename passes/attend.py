@@ -38,7 +38,7 @@ def attend(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
         else:
             refused[node.name] = reason
     gm.meta["attention"] = refused
-    gm.meta["note"] = f"{done} calls of attention with few queries" if done else ""
+    gm.meta["note"] = f"{done} calls of attention with few queries"
     return gm
 
 

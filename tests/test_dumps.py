@@ -100,7 +100,7 @@ return (linear_2,)
 
     def test_lower(self) -> None:
         self.assertExpectedInline(
-            self.dumped()["06_lower.txt"],
+            self.dumped()["07_lower.txt"],
             """\
 inputs: l_x_: float32[2, 32], l_self_modules_up_parameters_weight__codes: uint8[64, 64], l_self_modules_up_parameters_weight__scale: bfloat16[64, 1], l_self_modules_down_parameters_weight__codes: uint8[32, 64], l_self_modules_down_parameters_weight__scale: bfloat16[32, 2]
 linear_default = qcompile.linear(l_x_, [l_self_modules_up_parameters_weight__codes, l_self_modules_up_parameters_weight__scale], 'int4.g32')  # up: int4.g32

@@ -28,7 +28,7 @@ def report() -> qcompile.Report:
 
 def masked(text: str) -> str:
     """Times of passes as dashes, and nothing of what this CPU has kernels for."""
-    text = re.sub(r"^((?:normalize|find_sites|match|observe|merge|lower|glu) +\d+ +\d+) +[\d.]+", r"\1  --", text, flags=re.M)
+    text = re.sub(r"^((?:normalize|find_sites|match|observe|merge|attend|lower|glu) +\d+ +\d+) +[\d.]+", r"\1  --", text, flags=re.M)
     text = re.sub(r"-{20,}$", "-----", text, flags=re.M)
     return re.sub(r", \d+ without a kernel|^\n?note: .* are emulated.*", "", text, flags=re.M)
 
@@ -67,6 +67,7 @@ find_sites       1             16  --  8 linears
 match            1             16  --  6 of 8 linears get a scheme
 observe          1              0  --
 merge            1              0  --  0 linears in 0 products
+attend           1              0  --  0 calls of attention with few queries
 lower            1             35  --  6 linears lowered
 glu              1              0  --  0 gated products""",
         )
@@ -101,6 +102,7 @@ find_sites       1              4  --  2 linears
 match            1              4  --  1 of 2 linears get a scheme
 observe          1              0  --
 merge            1              0  --  0 linears in 0 products
+attend           1              0  --  0 calls of attention with few queries
 lower            1              5  --  1 linears lowered
 glu              1              0  --  0 gated products""",
         )
