@@ -71,6 +71,7 @@ class CompiledGraph:
         self.steps: list[Step] = []
         self.kernel_count = 0
         self.notes: list[str] = []
+        self._code = compat.compiling()
         self.captured = captured if captured is not None else capture(gm, inputs, options.root)
         self._lock = threading.RLock()
         self._bindings: dict[tuple[int, ...], Binding] = {}
@@ -205,6 +206,7 @@ class CompiledGraph:
         key = tuple(map(id, parameters))
         with self._lock:
             if any(ref() is not p for ref, p in zip(self._first, parameters)):
+                remember_code(parameters, self._code)
                 names = owners()
                 other = self._planned_for(args, names)
                 if other != self.signature:

@@ -218,6 +218,7 @@ class Recorder:
         self._captured = capture(gm, inputs, options.root, session.names(inputs), session.tables)
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._units: dict[tuple[int, ...], Unit] = {}
+        self._code = compat.compiling()
 
     def __call__(self, *args: Any) -> Any:
         if self._session not in _SESSIONS:
@@ -235,6 +236,7 @@ class Recorder:
     def _unit(self, args: Sequence[Any]) -> Unit:
         gm = self._captured
         if self._units:
+            remember_code(args, self._code)
             gm = renamed(gm, args, self._session.names(args))
         return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, autocast_of(args))
 
@@ -322,9 +324,9 @@ def _forget_code(fast: Any) -> None:
             compat.reset_code(code)
 
 
-def remember_code(inputs: Sequence[Any]) -> None:
-    """Note which code the graph that is being compiled belongs to, so that it can be captured again."""
-    if (code := compat.compiling()) is not None:
+def remember_code(inputs: Sequence[Any], code: Any = None) -> None:
+    """Note which code a graph belongs to, the one that is being compiled or ``code``, so that it can be captured again for the owner of the parameters among ``inputs``: instances share graphs."""
+    if (code := code or compat.compiling()) is not None:
         _CODES.append((code, [weakref.ref(a) for a in inputs if isinstance(a, nn.Parameter)]))
 
 

@@ -75,6 +75,23 @@ def test_what_was_compiled_before_is_left(built):
         assert torch.equal(fast(XS[0]), first) and len(built) == 2
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["after calls", "first"])
+@pytest.mark.parametrize("model", [Mlp, lambda: torch.nn.Linear(32, 32)], ids=["module", "torch's own"])
+def test_instances_that_share_a_graph_are_calibrated_one_by_one(model, before):
+    """Dynamo compiles torch's own modules through a wrapper, whose code no instance has: the graph's code is known for every instance that it served."""
+    fast = [torch.compile(model().eval(), backend="qcompile", options={"recipe": "W8A8_STATIC", "lower": "eager"}) for _ in range(3)]
+    with torch.no_grad():
+        for f in fast if before else ():
+            f(XS[0])
+        for f in fast:
+            sitting, _ = sit(f)
+            assert sitting.outcome.tokens == 160
+        with said() as texts:
+            for f in fast:
+                f(XS[0])
+    assert not texts, "nothing calibrates on its first call"
+
+
 @pytest.mark.parametrize("model", [Broken, lambda: Stack(2)], ids=["graph break", "stack"])
 def test_calls_after_and_between(model, built):
     model = model()
