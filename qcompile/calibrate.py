@@ -320,7 +320,7 @@ def _forget_code(fast: Any) -> None:
     mine = {id(p) for p in module.parameters()} if module is not None else None
     _CODES[:] = [(code, refs) for code, refs in _CODES if any(ref() is not None for ref in refs)]
     for code, refs in _CODES:
-        if mine is None or any(id(ref()) in mine for ref in refs):
+        if mine is None or compat.is_wrapper(code) or any(id(ref()) in mine for ref in refs):
             compat.reset_code(code)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -170,6 +171,11 @@ def compiling() -> Any:
     with contextlib.suppress(AttributeError):
         return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_code
     return None
+
+
+def is_wrapper(code: Any) -> bool:
+    """Whether a code object is Dynamo's own, through which it runs torch's modules: one for all of them."""
+    return code.co_filename.startswith(os.path.dirname(torch._dynamo.__file__))  # type: ignore[no-any-return]
 
 
 def reset_code(code: Any) -> None:
