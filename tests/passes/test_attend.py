@@ -124,8 +124,7 @@ def test_a_dynamic_number_of_queries_is_left_to_torch() -> None:
     assert "dynamic" in str(*gm.meta["attention"].values())
 
 
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
-def test_decoding_with_a_static_cache(built, lower: str) -> None:
+def test_decoding_with_a_static_cache(built) -> None:
     """The same logits as without the pass, step by step, with a cache that is written in place."""
     transformers = pytest.importorskip("transformers")
     model, given = tiny("llama")
@@ -134,7 +133,7 @@ def test_decoding_with_a_static_cache(built, lower: str) -> None:
     with torch.no_grad():
         for c in cache.values():
             model(ids, past_key_values=c, use_cache=True)
-        fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "ignore": "re:.*", "lower": lower})
+        fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "ignore": "re:.*", "lower": "eager"})
         for step in range(3):
             token = ids[:, step : step + 1]
             wanted = model(token, past_key_values=cache["plain"], use_cache=True).logits
