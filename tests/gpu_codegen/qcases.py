@@ -218,7 +218,7 @@ def gated() -> Parts:
     parts: Parts = {}
     for rows, dynamic in ((1, None), (64, None), (200, None), (4096, None), (48, True), (1024, True)):
         torch._dynamo.reset()
-        names = ("W4A16", "W8A8") if dynamic else ("W4A16", "W4A8", "W8A8", "W8A16", "FP8", "NF4")
+        names = ("W4A16", "W8A8") if dynamic else ("W4A16", "W8A8", "FP8", "NF4")
         model = Gated().eval().to(torch.bfloat16)
         parts.update(quantized(model, (bf16(rows, 256),), {f"{name} {'dynamic ' if dynamic else ''}{rows}": {"recipe": name} for name in names}, dynamic))
     from qcompile.kernels.linear_glu import ACTIVATIONS
