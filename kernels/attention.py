@@ -22,6 +22,7 @@ from qcompile.core.errors import Skip
 from . import tiles
 from .op import Kernel, Op
 
+ATEN = torch.ops.aten
 MOST = 63
 """Queries times heads that share keys: what one tile holds, beside the row of logarithms."""
 PROGRAMS, PARTS = 264, 16
@@ -184,12 +185,12 @@ def _lower(c: Attention, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any
     groups, keys = compat.sizes(k)[1:3]
     config = blocks(c, compat.static_int(keys))
     split, by_head = config["SPLIT"] > 1, mask is not None and compat.static_int(compat.sizes(mask)[1]) != 1
-    inputs = [q, k, v] if mask is None else [q, k, v, compat.expand(mask, (b, compat.sizes(mask)[1], queries, keys))]
+    inputs = [q, k, v] if mask is None else [q, k, v, compat.lowered(ATEN.expand.default, mask, [b, compat.sizes(mask)[1], queries, keys])]
     name = tiles.template_name("attention", heads, groups, c.queries, d, c.mask, "heads" if by_head else "", "split" if split else "", tiles.triton_dtype(c.dtype))
     text = lambda: source(c, int(heads), int(groups), split, by_head)  # noqa: E731
     parts = compat.lower_template(name, text, inputs, (config["SPLIT"], b, groups, c.rows + split, d), [{**config, "SCALE": scale * math.log2(math.e)}], grid, strided=True)
-    y = compat.combine_parts(parts, c.rows, c.dtype) if split else compat.cast(parts, c.dtype)
-    return compat.reshape(y, (b, heads, queries, d))
+    y = compat.combine_parts(parts, c.rows, c.dtype) if split else compat.lowered(torch.ops.prims.convert_element_type.default, parts, c.dtype)
+    return compat.lowered(ATEN.reshape.default, y, [b, heads, queries, d])
 
 
 SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"

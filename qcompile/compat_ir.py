@@ -85,11 +85,16 @@ def lower_template(
     return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
 
 
-def sum_first(x: Any) -> Any:
-    """The sum over the first axis of an IR node. A short axis is unrolled, in order, into whatever reads the sum."""
+def lowered(op: Any, *args: Any) -> Any:
+    """What Inductor makes of an ATen op on IR nodes."""
     from torch._inductor.lowering import lowerings
 
-    return lowerings[torch.ops.aten.sum.dim_IntList](x, [0])
+    return lowerings[op](*args)
+
+
+def sum_first(x: Any) -> Any:
+    """The sum over the first axis of an IR node. A short axis is unrolled, in order, into whatever reads the sum."""
+    return lowered(torch.ops.aten.sum.dim_IntList, x, [0])
 
 
 def combine_parts(parts: Any, rows: int, dtype: torch.dtype) -> Any:
@@ -118,27 +123,6 @@ def combine_parts(parts: Any, rows: int, dtype: torch.dtype) -> Any:
         return ops.to_dtype(ops.truediv(sum_, total), dtype)
 
     return ir.Pointwise.create(device=parts.get_device(), dtype=dtype, inner_fn=value, ranges=[*lead, rows, columns])
-
-
-def reshape(x: Any, size: Sequence[Any]) -> Any:
-    """A view of an IR node."""
-    from torch._inductor.lowering import lowerings
-
-    return lowerings[torch.ops.aten.reshape.default](x, list(size))
-
-
-def expand(x: Any, size: Sequence[Any]) -> Any:
-    """An IR node broadcast to a size, with strides of zero."""
-    from torch._inductor.lowering import lowerings
-
-    return lowerings[torch.ops.aten.expand.default](x, list(size))
-
-
-def cast(x: Any, dtype: torch.dtype) -> Any:
-    """An IR node in another dtype."""
-    from torch._inductor.lowering import lowerings
-
-    return lowerings[torch.ops.prims.convert_element_type.default](x, dtype)
 
 
 def at_most(size: Any, bound: int) -> bool:
