@@ -18,27 +18,15 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from cases import VOCABULARY
+from gpu_model import build
 
 import qcompile
 
 RESULTS = Path(__file__).parent / "results" / "h200" / "solve.json"
-SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
-SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 2}
 GOALS = {"W4A16_GPTQ": {"seconds": 360, "gib": 12.0}, "W4A16": {"seconds": 5}}
 """Of the whole 8B shape with 128 x 2,048 tokens."""
-
-
-def build(shape: dict[str, int], layers: int, device: str, dtype: torch.dtype) -> nn.Module:
-    config = transformers.LlamaConfig(**shape, num_hidden_layers=layers)
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return transformers.LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def tokens(count: int, length: int, vocabulary: int, device: str) -> list[dict[str, Any]]:
@@ -51,7 +39,7 @@ def check(recipe: str) -> dict[str, float | None]:
     """SQNR of the output of a small float32 model, solved on both devices."""
     found = {}
     for device in ("cpu", "cuda"):
-        model = build(SMALL, 2, "cpu", torch.float32).to(device)
+        model = build("tiny", torch.float32, "cpu", **SMALL).to(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found[device] = qcompile.quantize(model, recipe, tokens(8, 64, 512, device), progress=False).quality.decibels
@@ -64,10 +52,10 @@ def check(recipe: str) -> dict[str, float | None]:
 
 def measure(recipe: str, layers: int, count: int, length: int) -> dict[str, Any]:
     """Seconds and GiB of one run."""
-    model = build(SHAPE, layers, "cuda", torch.bfloat16)
+    model = build("8B", num_hidden_layers=layers)
     if not qcompile.find_recipe(recipe).passes:
         count, length = 1, 8  # rounding to nearest reads the graph, not the data
-    data = tokens(count, length, SHAPE["vocab_size"], "cuda")
+    data = tokens(count, length, VOCABULARY, "cuda")
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
