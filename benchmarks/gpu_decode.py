@@ -145,8 +145,9 @@ def listening() -> Iterator[Heard]:
 
 def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16, ROOM), repeats: int = 5, **other: Any) -> dict[str, Any]:
     """One row: tokens a second of ``model.generate``, its prefill taken out by the difference of two lengths, and of a step captured by hand."""
-    from torch._dynamo.utils import counters
     from transformers import CompileConfig
+
+    from qcompile.compat import counters
 
     torch.compiler.reset()
     model = build(case.model, torch.bfloat16, device, **other)
@@ -173,13 +174,13 @@ def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16,
             raise RuntimeError(f"generate stopped after {out.shape[1] - case.prompt} of {count} tokens")
         return time.perf_counter() - begin
 
-    counters.clear()
+    counters().clear()
     with listening() as heard:
         for count in (steps[1], steps[1], *steps):  # the longest first: the cache keeps its length, and nothing is compiled again
             seconds(count)
         short, long = (statistics.median(seconds(count) for _ in range(repeats)) for count in steps)
     us = (long - short) / (steps[1] - steps[0]) * 1e6
-    skips = counters["inductor"]["cudagraph_skips"]
+    skips = counters()["inductor"]["cudagraph_skips"]
     numbers = {"tokens_s": round(1e6 / us, 1), "by_hand_tokens_s": round(1e6 / by_hand, 1), "share": round(by_hand / us, 3), "first_token_ms": round((short - (steps[0] - 1) * us / 1e6) * 1e3, 1)}
     quiet = not heard.lines and not skips
     return {**row, "right": quiet, "cudagraph_skips": skips, "log": heard.lines[:3], **numbers, "goal": case.goal, "met": quiet and by_hand / us >= case.goal}

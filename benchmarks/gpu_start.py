@@ -19,20 +19,20 @@ from gpu_model import Decoder, build, check, compiled, settle
 
 def first_step(model: str, recipe: str, head: str | None, device: str = "cuda", **other: Any) -> dict[str, Any]:
     """In this process: seconds of the first call (capture, passes, packing, code, kernels, one step), and whether AOTAutograd's cache served it."""
-    from torch._dynamo.utils import counters
+    from qcompile.compat import counters
 
     with torch.no_grad():
         llama = build(model, torch.bfloat16, device, **other)
         decoder = Decoder(llama, 1, 128)
         exact = decoder.once(llama)
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))  # Inductor's own imports and compiler probes
-        counters.clear()
+        counters().clear()
         settle(exact.device)
         begin = time.perf_counter()
         y = decoder.once(compiled(llama, recipe, head, **({} if recipe == "bf16" else {"release": True})))
         settle(exact.device)
         seconds = time.perf_counter() - begin
-        hits = counters["aot_autograd"]["autograd_cache_hit"]
+        hits = counters()["aot_autograd"]["autograd_cache_hit"]
         return {"seconds": round(seconds, 2), **check(decoder.once, llama, recipe, head, y, exact), "cache_hits": hits}
 
 

@@ -51,6 +51,13 @@ class _Decompositions(dict[Any, Any]):
         return _Decompositions, ()
 
 
+def counters() -> Any:
+    """Dynamo's own counts of what happened: cache hits, skipped CUDA graphs."""
+    from torch._dynamo.utils import counters
+
+    return counters
+
+
 def mode_patches(mode: str | None) -> dict[str, Any]:
     """Inductor config of one of torch.compile's modes; raises ValueError for a mode that does not exist, with the list."""
     if mode is None or mode == "default":
