@@ -64,8 +64,8 @@ def lower_template(
 ) -> Any:
     """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
 
-    ``grid(*size, meta, cdiv)`` gives the number of programs; the default is one for each BLOCK_M x BLOCK_N tile. ``strided``: the template reads any strides, if the last one is 1 or
-    its axis is broadcast; else inputs are made contiguous.
+    ``grid(*size, meta, cdiv)`` gives the number of programs; the default is one for each BLOCK_M x BLOCK_N tile. ``strided``: the template reads any strides but the last, which is 1;
+    other inputs are made contiguous.
     """
     from torch._inductor import ir
     from torch._inductor.kernel.mm_common import mm_grid
@@ -74,7 +74,7 @@ def lower_template(
     if name not in _TEMPLATES:
         _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=source())
     nodes = [ir.ExternKernel.realize_input(node) for node in inputs]
-    nodes = [node if strided and static_int(node.get_stride()[-1]) in (0, 1) else ir.ExternKernel.require_contiguous(node) for node in nodes]
+    nodes = [node if strided and static_int(node.get_stride()[-1]) == 1 else ir.ExternKernel.require_contiguous(node) for node in nodes]
     layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))  # type: ignore[arg-type]
     choices: list[Any] = []
     for config in configs:

@@ -149,6 +149,17 @@ def recipes() -> Parts:
     return quantized(layer, inputs, {name: {"recipe": name} for name in LAYERS})
 
 
+class Broadcast(nn.Module):
+    """Attention whose values have one column, broadcast to all: a stride of zero on the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64, bias=False)
+
+    def forward(self, q: T, k: T, v: T) -> T:
+        return self.fc(F.scaled_dot_product_attention(q, k, v.expand_as(k)))
+
+
 def decoding() -> Parts:
     """A step of a small Llama with grouped queries and a static cache, one sequence and many."""
     import transformers
@@ -164,7 +175,9 @@ def decoding() -> Parts:
             model(ids, past_key_values=cache, use_cache=True)
         inputs = {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
         parts.update(quantized(model, inputs, {f"{recipe} {batch}": {"recipe": recipe} for recipe in ("W4A16", "W8A8", "W8A8_STATIC")}))
-    return parts
+    torch._dynamo.reset()
+    inputs = bf16(2, 4, 1, 64), bf16(2, 4, 128, 64), bf16(2, 4, 128, 1)
+    return parts | quantized(Broadcast().eval().to(torch.bfloat16), inputs, {"broadcast": {"recipe": "W8A16"}})
 
 
 def experts() -> Parts:

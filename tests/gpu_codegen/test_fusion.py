@@ -174,6 +174,15 @@ def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int)
 
 
 @pytest.mark.slow
+def test_broadcast_values_are_copied_for_attention(qcase: QCase) -> None:
+    """The template takes columns to lie side by side."""
+    part = qcase("decoding", compile="triton_tem")["broadcast"]
+    (attention,) = [row for row in templates(part) if "arg_K" in row["source"]]
+    (load,) = re.findall(r"v = tl.load\(values \+ (.*?), mask", attention["source"])
+    assert load == "at[:, None].to(tl.int64) * 64 + column[None, :]"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["W8A8", "W4A16"])
 @pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
 def test_experts_of_mixtral(qcase: QCase, form: str, recipe: str) -> None:
