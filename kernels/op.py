@@ -70,6 +70,8 @@ class Op:
     overload: Any = field(default=None, compare=False)
     fallback: Callable[..., Any] | None = None
     """``lower`` for cases that no kernel supports, where the reference cannot be traced: it reads values, such as how many rows each expert has."""
+    gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    """(backward, setup_context) as ``torch.library.register_autograd`` takes them, of an op that training graphs hold."""
 
     def choose(self, case: Any) -> tuple[Kernel | None, Skip | None]:
         """The first kernel for the case, or None with the reason of the last refusal."""
@@ -107,6 +109,8 @@ def install(ops: Mapping[str, Op]) -> None:
         _LIBRARY.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(op.name, _exact(op.reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIBRARY)
+        if op.gradient is not None:
+            torch.library.register_autograd(f"{NAMESPACE}::{op.name}", op.gradient[0], setup_context=op.gradient[1], lib=_LIBRARY)
         if op.kernels:
             compat.register_lowering(target(op.name), functools.partial(_lower, op))
 

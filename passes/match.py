@@ -52,6 +52,8 @@ def decide(site: Site, recipe: Recipe, used: set[int] | None = None) -> Choice |
             return _choice(rule.weight, rule.input, f"rule {rule.pattern!r}", recipe.methods if rule.methods is None else rule.methods)
     if site.stored is not None:
         return site.stored
+    if recipe.frozen and site.param.trained:
+        return Skip("it is trained: its parameter requires grad")
     if site.role == "head":
         if recipe.head in (None, KEEP):
             return Skip("the head keeps 16 bits unless `head` names a scheme")

@@ -16,12 +16,13 @@ Role = Literal["linear", "head", "router", "experts"]
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter among the graph's inputs: its position, its name in the model, the class name of its module, and whether an embedding looks it up, in this graph or elsewhere."""
+    """A parameter among the graph's inputs: its position, its name in the model, the class name of its module, whether an embedding looks it up, in this graph or elsewhere, and whether it requires grad."""
 
     index: int
     path: str
     kind: str = ""
     table: bool = False
+    trained: bool = False
 
 
 @dataclass(frozen=True)

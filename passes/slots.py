@@ -23,11 +23,13 @@ PARTS = {
     "columns": ("columns",),
     "bias": ("correction",),
     "missed": ("missed",),
+    "state": ("state",),
 }
 """What a slot holds -> names of its placeholders, behind the name of its parameter.
 
 ``weight``: codes, scales...; ``range``: the static scale (and zero) of an input; ``smooth``: (K,) the reciprocal of the vector that multiplies the weight; ``mask``: (K,) zero at outlier
-columns; ``outliers``: (C,) their indices; ``columns``: (N, C) the weight there, in 16 bits; ``bias``: (N,) its correction; ``missed``: (1,) a counter of calls with more outliers than columns.
+columns; ``outliers``: (C,) their indices; ``columns``: (N, C) the weight there, in 16 bits; ``bias``: (N,) its correction; ``missed``: (1,) a counter of calls with more outliers than columns;
+``state``: what training keeps of the kind that ``key`` names, see ``qcompile/train/state.py``.
 """
 
 
@@ -63,6 +65,12 @@ def slot_of(what: str, site: Site, choice: Choice) -> Slot:
     return Slot(what, site.param.index, site.view, scheme, site.name, site.path, choice.key if choice.methods or what == "range" else "", choice.outliers)
 
 
+def state_slot(kind: str, site: Site, choice: Choice) -> Slot:
+    """The slot of what training keeps for one site: of its input where the kind says so, else of its weight."""
+    scheme = choice.input if kind.startswith("input_") and choice.input is not None else choice.weight
+    return Slot("state", site.param.index, site.view, scheme, site.name, site.path, kind)
+
+
 def slot_inputs(gm: fx.GraphModule, context: Any, slot: Slot) -> list[fx.Node]:
     """The placeholders of a slot, made where the graph has none yet; ``context.tensors(slot)`` gives their shapes."""
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -72,7 +80,7 @@ def slot_inputs(gm: fx.GraphModule, context: Any, slot: Slot) -> list[fx.Node]:
     tensors: Sequence[Tensor] = context.tensors(slot)
     like = next(p for p in placeholders if "param" in p.meta and p.meta["param"].index == slot.arg)
     for i, tensor in enumerate(tensors):
-        found.append(compat.add_static_input(gm, f"{like.name}_{PARTS[slot.what][i]}", tensor, like))
+        found.append(compat.add_static_input(gm, f"{like.name}_{slot.key if slot.what == 'state' else PARTS[slot.what][i]}", tensor, like))
         found[-1].meta["packed"] = slot
     return found
 

@@ -12,6 +12,7 @@ from qcompile.quantize import quantize
 from qcompile.report import Report
 from qcompile.sensitivity import Sensitivity, sensitivity
 from qcompile.statistics import Calibration
+from qcompile.train import parameters
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "calibrate",
     "explain",
     "find_recipe",
+    "parameters",
     "quantize",
     "refresh",
     "release_weights",

@@ -8,39 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pathlib
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-import qcompile
 from qcompile import compat, stored
 from qcompile.calibrate import Recorder, remember_code, renamed, session
 from qcompile.capture import capture
+from qcompile.context import Context
 from qcompile.core.digest import digest
 from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.recipe import Choice
 from qcompile.dumps import dump, trace_plan
-from qcompile.fill import shapes_of, tensors_of
+from qcompile.fill import tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.memory import guard, is_released, release
 from qcompile.missed import limit, of_no_live_linear, refusals
 from qcompile.options import PIPELINE, Options
-from qcompile.passes import PASSES, Pass
+from qcompile.passes import PASSES, TRAININGS, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
 from qcompile.passes.match import plan_of, signature
 from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.settle import settle
+from qcompile.sources import sources
 from qcompile.weights import TABLE, Binding, owners
 
 log = logging.getLogger("qcompile.backend")
@@ -53,9 +52,13 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
     if _training(example_inputs):
+        if opts.train is not None:
+            from qcompile.train.graph import TrainingGraph
+
+            return TrainingGraph(gm, example_inputs, opts)
         if any(map(is_released, example_inputs)):
             raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
-        _warn_once("training", "qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad().")
+        _warn_once("training", f"qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad(); to train quantized, take the option 'train' ({', '.join(TRAININGS)}).")
         return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
     records = [TABLE.get(a) for a in example_inputs if isinstance(a, nn.Parameter)]  # looked at, not asked: is_released may collapse one anew, which Dynamo's guards would see
     if (opts.release or any(r is not None and r.released is not None for r in records)) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
@@ -65,6 +68,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
 
 class CompiledGraph:
     """One captured graph under one plan. Callable with Dynamo's arguments."""
+
+    pipeline: tuple[str, ...] = PIPELINE
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, captured: fx.GraphModule | None = None) -> None:
         self.options = options
@@ -82,16 +87,13 @@ class CompiledGraph:
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _build(self, inputs: Sequence[Any]) -> None:
-        context = _Context(self.options, inputs, self)
-        self.matched = self._run([PASSES[name] for name in PIPELINE], self.captured, context)
-        own = ("transform",) if any(isinstance(c, Choice) and c.smooth for c in self.matched.meta["plan"].values()) else ()
-        planned = self._run([PASSES[name] for name in (*own, *self.options.passes, "merge", "attend")], self.matched, context)
-        self.planned = planned
+        context = Context(self.options, inputs, self)
+        self.matched = self._run([PASSES[name] for name in self.pipeline], self.captured, context)
+        planned, lowered = self._rewrite(self.matched, context)
         self.sites: dict[str, Site] = planned.meta["sites"]
         self.plan = planned.meta["plan"]
         self.signature = signature(planned)
         self._check(planned)
-        lowered = self._run([PASSES["lower"], PASSES["glu"]], planned, context)
         self.kernels: dict[str, str | Skip] = lowered.meta["kernels"]
         self.slots: list[Slot] = lowered.meta["slots"]
         self.merged: dict[str, tuple[str, ...]] = lowered.meta["merged"]
@@ -110,7 +112,13 @@ class CompiledGraph:
         packed = [n.meta["example_value"] for n in lowered.graph.find_nodes(op="placeholder") if "packed" in n.meta]
         self._inner = self._compile(lowered, [*(inputs[i] for i in kept), *packed])
 
-    def _run(self, passes: Sequence[Pass], gm: fx.GraphModule, context: _Context) -> fx.GraphModule:
+    def _rewrite(self, matched: fx.GraphModule, context: Context) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(the graph with all that was decided, the same with our ops in it)."""
+        own = ("transform",) if any(isinstance(c, Choice) and c.smooth for c in matched.meta["plan"].values()) else ()
+        self.planned = self._run([PASSES[name] for name in (*own, *self.options.passes, "merge", "attend")], matched, context)
+        return self.planned, self._run([PASSES["lower"], PASSES["glu"]], self.planned, context)
+
+    def _run(self, passes: Sequence[Pass], gm: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Run passes; where one fails, what came before it is still dumped."""
         try:
             return run(passes, gm, context, self.steps)
@@ -121,13 +129,13 @@ class CompiledGraph:
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lower == "eager":
-            return _Eager(gm)
+            return self._engine(gm)
         if problem := _no_compiler(inputs):
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
-            return _Eager(gm)
+            return self._engine(gm)
         smooth = any(isinstance(c, Choice) and c.smooth for c in self.plan.values())
         more = {"realize_reads_threshold": 8} if smooth else {}  # a norm that reads the residual, its weight and the vector is still one kernel with the quantization behind it
-        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, digest(sources(), self.options.key()))}
+        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, self._key())}
         if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
             patches["triton.cudagraphs"] = False
             self.notes.append("no CUDA graph for this graph: it makes a cache that outlives the call; the graphs that read the cache have theirs")
@@ -135,6 +143,17 @@ class CompiledGraph:
         compiled = compat.inductor(gm, inputs, patches, decompositions(OPS))
         self.kernel_count = compat.kernel_count() - start
         return compiled
+
+    def _engine(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """What runs the graph without a compiler."""
+        return _Eager(gm)
+
+    def _key(self) -> bytes:
+        """What of us the generated code depends on."""
+        return digest(sources(), self.options.key())
+
+    def _ready(self, args: Sequence[Any]) -> None:
+        """Called before parameters that are new are bound."""
 
     def _drop_unread_weights(self, gm: fx.GraphModule) -> list[int]:
         """Erase placeholders of weights that nothing reads any more; returns the positions of Dynamo's arguments that stay."""
@@ -215,6 +234,7 @@ class CompiledGraph:
             def forget() -> None:
                 self._bindings.pop(key, None)
 
+            self._ready(args)
             binding = Binding(parameters, self._fetch, forget)
             binding.get(parameters)
             self._bindings[key] = binding
@@ -270,28 +290,6 @@ class CompiledGraph:
         return found
 
 
-@dataclass
-class _Context:
-    """What passes may ask of the backend."""
-
-    options: Options
-    inputs: Sequence[Any]
-    graph: CompiledGraph
-    fake_mode: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.recipe = self.options.recipe
-        self.fake_mode = compat.fake_mode(self.inputs)
-
-    def tensors(self, slot: Slot) -> list[Tensor]:
-        """Shapes of the tensors of a slot. Values are packed on the first call: Dynamo's guards then see the parameters as they were, also where ``release`` changes them."""
-        with self.fake_mode:
-            return shapes_of(slot, self.inputs)
-
-    def calibrate(self, gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[str, dict[str, Choice]]:
-        return self.graph.calibrate(gm, self.inputs)
-
-
 class _Eager:
     """Runs a graph op by op: every quantized op by its reference."""
 
@@ -333,15 +331,6 @@ def collecting(collect: Callable[[CompiledGraph, Sequence[Any]], None]) -> Itera
         yield
     finally:
         _COLLECTORS.remove(collect)
-
-
-@cache
-def sources() -> bytes:
-    """Digest of all our sources and the version of torch: kernels of another version of ours never come out of Inductor's caches."""
-    folder = pathlib.Path(qcompile.__file__).parent
-    roots = [folder, *(pathlib.Path(p) for sub in (qcompile.kernels, qcompile.passes) for p in sub.__path__)]
-    files = sorted({f for root in roots for f in root.rglob("*") if f.suffix in (".py", ".cpp", ".h", ".json") and "data" not in f.parts})
-    return digest(torch.__version__.encode(), *(f.read_bytes() for f in files))
 
 
 __all__ = ["CompiledGraph", "backend", "collecting", "tensors_of", "text", "view"]

@@ -32,7 +32,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "", names: Ma
             owner, path, name = found.get(id(value), (None, "", ""))
             relative = dotted(compat.source_name(node))
             full = f"{root}.{relative}".strip(".") if root else f"{path}.{name}".strip(".") or relative or node.name
-            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "", id(value) in tables)
+            node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "", id(value) in tables, value.requires_grad)
             continue
         if isinstance(value, Tensor) and "_buffers[" in (source := compat.source_name(node)):
             node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."))

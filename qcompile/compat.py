@@ -94,6 +94,20 @@ def graph_pass(fn: Callable[[fx.Graph], None], key: bytes) -> Any:
     return Pass()
 
 
+def checkpoint_op() -> Any:
+    """The op that holds a checkpointed body in a graph of Dynamo's."""
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
+
+    return tag_activation_checkpoint
+
+
+def recompute_mark(number: int) -> dict[str, Any]:
+    """What a node of checkpointed body ``number`` carries, so that AOTAutograd computes it again in the backward."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+
+
 def force_stride_order() -> Any:
     """Inductor's op that makes a value own its memory; it exists once Inductor's prims are imported."""
     import torch._inductor.inductor_prims
@@ -111,6 +125,25 @@ def kernel_count() -> int:
     from torch._inductor import metrics
 
     return int(metrics.generated_kernel_count)
+
+
+def all_reduce(t: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
+    """The sum ("sum"), greatest ("max") or least ("min") of a tensor over a process group (the default one), as a value that graphs may hold; the tensor itself where there is one process."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return t
+    from torch.distributed._functional_collectives import all_reduce, wait_tensor
+
+    everybody: Any = dist.group.WORLD
+    return wait_tensor(all_reduce(t, op, group if group is not None else everybody))
+
+
+def world_size() -> int:
+    """Processes of the default group; 1 where there is none."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 # --- Dynamo: what comes with a captured graph --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from qcompile.joined import joined
 from qcompile.passes.sites import view
 from qcompile.passes.slots import Slot
 from qcompile.sequence import use
+from qcompile.trained import KINDS, STATE
 from qcompile.weights import TABLE
 
 
@@ -24,11 +25,19 @@ def tensors_of(slot: Slot, parameter: Tensor, *rest: Tensor) -> list[Tensor]:
     if slot.rest:
         parts = [(s, p) for s, p in zip((replace(slot, rest=()), *slot.rest), (parameter, *rest))]
         return joined([(p, (s.what, s.view, s.scheme, (s.view, use(s.site), s.key) if s.key else None)) for s, p in parts], lambda: [tensors_of(s, p) for s, p in parts])
+    if slot.what == "state":
+        found = STATE.get(parameter, slot)
+        assert found is not None, f"no {slot.key} was made for {slot.path}"
+        return [found]
     key = (slot.view, use(slot.site), slot.key) if slot.key else None
     if slot.what in ("weight", "columns"):
         return TABLE.packed(parameter, slot.view, slot.scheme, slot.path, key, slot.what)
     assert key is not None
-    return TABLE.given(parameter, slot.what, key, slot.path)
+    given = TABLE.given(parameter, slot.what, key, slot.path)
+    if slot.what == "range" and (learned := STATE.range(parameter, slot.site, slot.view, slot.scheme)):  # training goes on between calls
+        for old, new in zip(given, learned, strict=True):
+            old.copy_(new)
+    return given
 
 
 def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
@@ -36,6 +45,10 @@ def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     if slot.rest:
         return [torch.cat(tensors) for tensors in zip(*(shapes_of(s, inputs) for s in (replace(slot, rest=()), *slot.rest)))]
     p = inputs[slot.arg]
+    if slot.what == "state":
+        kind = KINDS[slot.key]
+        shape = kind.shape(slot.scheme, tuple(view(torch.empty(p.shape, device=p.device), slot.view).shape))
+        return [torch.empty(shape, dtype=kind.dtype, device=p.device, requires_grad=kind.learned)]
     record = TABLE.get(p)
     solution = record.solutions.get((slot.view, use(slot.site), slot.key)) if record is not None and slot.key else None
     if solution is not None and solution.live is not None:

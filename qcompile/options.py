@@ -14,7 +14,7 @@ from qcompile import compat
 from qcompile.core.errors import OptionError, unknown
 from qcompile.core.recipe import DEFAULT, Method, Recipe, find_recipe
 from qcompile.core.scheme import Scheme
-from qcompile.passes import PASSES, SOLVERS, TRANSFORMS
+from qcompile.passes import PASSES, SOLVERS, TRAININGS, TRANSFORMS
 from qcompile.solve import SETTINGS, check_recipe
 
 HELP = {
@@ -27,7 +27,7 @@ HELP = {
     "ignore": "names, types or 're:' patterns of linears that keep 16 bits",
     "calibration": "a qcompile.Calibration or the path of a saved one",
     "calibration_memory": "memory that calibrating may take beside the model, such as '4GiB'",
-    "train": "a training recipe",
+    "train": "a training recipe with its arguments, such as 'qat' or \"qat(weight='lsq')\"",
     "mode": "one of torch.compile's modes (torch refuses mode= beside options=)",
     "root": "the name under which a compiled layer sits in its model",
     "release": "free each 16-bit weight when it is packed",
@@ -47,9 +47,9 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 PIPELINE = ("normalize", "find_sites", "match", "observe")
 """Passes that always run before those that a user names; ``lower`` and ``glu`` run after them."""
-OURS = (*PIPELINE, "transform", "merge", "attend", "lower", "glu")
+OURS = ("checkpoints", *PIPELINE, "transform", "merge", "attend", "lower", "glu")
 """Passes that run by themselves."""
-LATER = {"output": "output schemes", "train": "training recipes"}
+LATER = {"output": "output schemes"}
 """Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""
 
 
@@ -68,6 +68,9 @@ class Options:
     strict: bool = False
     lower: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
+    train: Method | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    """All settings of ``train``."""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -99,6 +102,10 @@ class Options:
         if methods or "passes" in given:
             recipe = recipe.override(passes=methods)
         check_recipe(recipe, "options['passes']" if "passes" in given else f"recipe {recipe.name}")
+        train: Method | None = None
+        training: dict[str, Any] = {}
+        if "train" in given:
+            recipe, train, training = _train(recipe, given["train"])
         extra = dict(given.get("inductor", {}))
         known = compat.inductor_options() if extra else set()
         for key in extra:
@@ -120,11 +127,24 @@ class Options:
             strict=given.get("strict", False),
             lower=lower,
             inductor={**patches, **extra},
+            train=train,
+            training=training,
         )
 
     def key(self) -> bytes:
         """What enters the cache key beside our sources."""
-        return repr((self.recipe, self.passes, self.lower, sorted(self.inductor.items(), key=str))).encode()
+        return repr((self.recipe, self.passes, self.lower, self.train, sorted(self.inductor.items(), key=str))).encode()
+
+
+def _train(recipe: Recipe, spelling: Any) -> tuple[Recipe, Method, dict[str, Any]]:
+    """(the recipe as it is trained, the training recipe as it was spelled, all its settings)."""
+    method = Method.parse(spelling) if isinstance(spelling, (str, Method)) else Method(str(spelling))
+    if method.name not in TRAININGS:
+        raise unknown("training recipe", method.name, TRAININGS, "options['train']")
+    row = TRAININGS[method.name]
+    settings = row.settings(method)
+    row.check(recipe, settings)
+    return replace(recipe, frozen=row.frozen), method, settings
 
 
 def _steps(names: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

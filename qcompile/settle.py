@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile import compat, stored
 from qcompile.calibrate import KEPT, autocast_of, concrete, solve, warn_of
@@ -22,12 +22,15 @@ from qcompile.passes import SOLVERS
 from qcompile.passes.norms import mean_before
 from qcompile.passes.producers import place, shared
 from qcompile.passes.sites import Site, view
+from qcompile.passes.slots import leader
 from qcompile.replay import Unit
 from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_key
 from qcompile.solve import Member, analytical, from_statistics, inapplicable, needs_data
 from qcompile.statistics import Calibration
+from qcompile.trained import STATE
 from qcompile.weights import TABLE, owners
 
+TRAINED = "range as it was trained"
 JOINT = "solved on the rows of all experts together: a calibration file does not keep those of each"
 
 
@@ -46,6 +49,8 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
                 owner = stored.of(inputs[site.param.index], names)
                 assert owner is not None
                 TABLE.solve(inputs[site.param.index], solution_key(site, choice), stored.live(owner), site.path)
+            elif not choice.methods and (learned := _learned(gm, inputs, site, choice)):
+                TABLE.solve(inputs[site.param.index], solution_key(site, choice), Solution(range=learned, notes=(TRAINED,)), site.path)
             elif needs_data(choice):
                 missing.append(site)
             else:
@@ -66,6 +71,13 @@ def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str
         note = f"calibrated {len(missing)} linears on " + ("what was recorded" if kept else "the first call") + f", which had {outcome.tokens} tokens"
     choices = {name: found(choice, TABLE.record(inputs[site.param.index], site.path).solutions[solution_key(site, choice)]) for name, (site, choice) in sites.items()}
     return note if sites else "", choices
+
+
+def _learned(gm: fx.GraphModule, inputs: Sequence[Any], site: Site, choice: Choice) -> tuple[Tensor, ...]:
+    """The range of a site's input that training found; kin share it. Empty where there is none."""
+    first, _ = leader(gm, site, choice)
+    assert choice.input is not None
+    return STATE.range(inputs[first.param.index], first.name, first.view, choice.input)
 
 
 def _from_calibration(own: Unit, inputs: Sequence[Any], options: Any, names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from qcompile.core.qtensor import QTensor, quantize
 from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
 from qcompile.passes.sites import view
+from qcompile.trained import STATE
 
 Key = tuple[str, str, str]
 """(what, view, scheme) of an entry."""
@@ -171,7 +172,7 @@ class WeightTable:
                 assert solution is not None
                 fresh = [solution.to(p.device).kept(w).to(p.dtype if solution.columns is None else solution.columns.dtype)]
             else:
-                fresh = _codes(p, w, scheme, path, solution).flatten()
+                fresh = _codes(p, w, how, scheme, path, solution).flatten()
             entry = record.entries.get(entry_key)
             if entry is not None:
                 GENERATION[0] += 1
@@ -239,8 +240,10 @@ TABLE = WeightTable()
 compat.on_optimizer_step(TABLE.forget)  # fused optimizers do not bump the versions of what they step
 
 
-def _codes(p: Tensor, w: Tensor, scheme: Scheme, path: str, solution: Solution | None) -> QTensor:
+def _codes(p: Tensor, w: Tensor, how: str, scheme: Scheme, path: str, solution: Solution | None) -> QTensor:
     """The solved codes where the weight still has the value that they were solved for; else the weight prepared as its solution says and rounded to nearest."""
+    if (solution is None or solution.q is None) and (learned := STATE.codes(p, how, w if solution is None else solution.prepared(w), scheme, path)) is not None:
+        return learned
     if solution is None:
         return quantize(w, scheme, name=path)
     solution = solution.to(p.device)

@@ -173,7 +173,16 @@ def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype | None) 
         return quantize(flat, scheme.scale, name=f"scales of {name}", scale_dtype=dtype)
     dtype = dtype or stored_dtype(scheme)
     most = torch.finfo(dtype).max
-    return flat.clamp(-most, most).to(dtype).contiguous()
+    flat = flat.clamp(-most, most)
+    if dtype == torch.bfloat16 and type(flat) not in (Tensor, torch.nn.Parameter):  # Inductor computes through casts to 16 bits and back as if they were not there
+        flat = nearest_bfloat16(flat)
+    return flat.to(dtype).contiguous()
+
+
+def nearest_bfloat16(x: Tensor) -> Tensor:
+    """Finite float32 values rounded to the nearest value of bfloat16, ties to even, as float32, by their bits."""
+    bits = x.float().view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -225,6 +234,19 @@ def spread(part: Tensor, group: tuple[int, int], n: int, k: int) -> Tensor:
     return part.index_select(-2, rows).index_select(-1, columns)
 
 
+def repeated(part: Tensor, group: tuple[int, int], n: int, k: int) -> Tensor:
+    """``spread`` without an index, which a training graph would keep for its backward, where Inductor's C++ checks what lies beyond the end of a row, too; it miscompiles cutting a repeated last
+    group as well (both seen in torch 2.13), so that this is put behind the whole ones."""
+    for axis, size, step in ((-1, k, group[1]), (-2, n, group[0])):
+        whole = size // step
+        some, last = part.narrow(axis, 0, whole).unsqueeze(axis), part.narrow(axis, whole, part.shape[axis] - whole)
+        parts = [some.expand(*(step if d == axis else -1 for d in range(-some.dim(), 0))).flatten(axis - 1, axis)] if whole else []
+        if last.shape[axis]:
+            parts.append(last.expand(*(size - whole * step if d == axis else -1 for d in range(-last.dim(), 0))))
+        part = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+    return part
+
+
 def value(part: Tensor | QTensor) -> Tensor:
     """Scales or zeros as float32, (..., N/r, K/c)."""
     return dequantize(part) if isinstance(part, QTensor) else part.float()
@@ -257,7 +279,7 @@ class Grid:
         n, k = self.shape[-2:]
         group = self.scheme.extent(n, k)
         scale, zero = self.parts()
-        return spread(scale, group, n, k), None if zero is None else spread(zero, group, n, k)
+        return repeated(scale, group, n, k), None if zero is None else repeated(zero, group, n, k)
 
 
 def find_range(x: Tensor, scheme: Scheme, rule: str = "absmax") -> tuple[Tensor, Tensor | None]:

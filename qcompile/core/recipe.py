@@ -143,6 +143,8 @@ class Recipe:
     doc: str = field(default="", compare=False)
     implied: bool = field(default=False, compare=False, repr=False)
     """Nobody named it: a model that is quantized already is left as it is."""
+    frozen: bool = field(default=False, repr=False)
+    """Only weights that do not require grad get a scheme."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(str(Method.parse(step)) for step in self.passes))
