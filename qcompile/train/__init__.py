@@ -51,4 +51,9 @@ def load_state_dict(fast: Any, state: Mapping[str, Tensor]) -> None:
     _load(_module(fast), state)
 
 
-__all__ = ["load_state_dict", "named_parameters", "parameters", "state_dict"]
+def repaired(fast: Any) -> dict[str, int]:
+    """How many learned numbers an optimizer's step made zero, negative, infinite or NaN so far, which got their last healthy values back, by the name of what was learned; empty where none did."""
+    return STATE.repaired(_module(fast))
+
+
+__all__ = ["load_state_dict", "named_parameters", "parameters", "repaired", "state_dict"]
