@@ -3,20 +3,21 @@
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(state := FP8AllReduce(ddp), fp8_all_reduce)
 
-Every tensor has one scale, the same on all processes: the least power of two that holds its largest gradient on any of them (the paper's "shared scale", there as a reciprocal: the minimum). So codes of
-several processes can be added as they are. Neither NCCL nor gloo adds FP8, so that a bucket of n gradients on N processes goes three ways:
+Every tensor has one scale, the same on all processes: the least power of two that holds its largest gradient on any of them (the paper's "shared scale", there as a reciprocal: the
+minimum). So codes of several processes can be added as they are. Neither NCCL nor gloo adds FP8, so that a bucket of n gradients on N processes goes these ways:
 
     all-reduce    the largest gradient of each tensor                           4 bytes a tensor
     all-to-all    codes: each process gets its N-th of everybody's              n (N - 1) / N bytes sent by each
-    all-gather    the N-th that each has added in float32, divided by N and rounded again, with the same scale     n (N - 1) / N bytes
-    all-reduce    how many codes saturated, of each tensor                      4 bytes a tensor
+    all-gather    the N-th that each has added in float32, divided by N
+                  and rounded again, with the same scale                        n (N - 1) / N bytes
+    all-reduce    how many codes saturated, of each tensor                      8 bytes a tensor
 
-That is 2 bytes for each gradient, where a ring in float32 sends 8 and in bfloat16 4. Adding in float32 spares the overflow and underflow of sums in FP8 that the paper scales against; a gradient is
-rounded twice, each time to within 1/16 of itself or half the least code.
+That is 2 bytes for each gradient, where a ring in float32 sends 8 and in bfloat16 4. Adding in float32 spares the overflow and underflow of sums in FP8 that the paper scales against; a
+gradient is rounded twice, each time to within 1/16 of itself (E4M3) or half the least code.
 
-The automatic scaling factor mu of each tensor follows the paper: halved after a step in which more than 0.001 % of its codes saturate, doubled after 1000 steps in a row in which no more did. Codes are
-mu times larger than the shared scale makes them. At mu = 1, where it begins, nothing can saturate; above, the largest values of a large tensor are clipped for the sake of the small ones, and as soon as
-these are more than 0.001 %, mu goes back.
+The automatic scaling factor mu of each tensor follows the paper: halved after a step in which more than 0.001 % of its codes saturate, doubled after 1000 steps in a row in which no more did.
+Codes are mu times larger than the shared scale makes them. At mu = 1, where it begins, nothing can saturate; above, the largest values of a large tensor are clipped for the sake of the small
+ones, and as soon as these are more than 0.001 %, mu goes back.
 
 A gradient that is not finite on one process is NaN on all, as after any all-reduce, and is counted: ``state.nonfinite``.
 """

@@ -19,6 +19,7 @@ All is computed in float32 (float64 where both models are), whatever the models 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ class Distillation:
     None where every call brings ``teacher_outputs``.
     ``loss``: a row of LOSSES, or weights by name: ``{"tsld": 1.0, "layer": 0.5}``. ``ground_truth`` adds that loss with a weight.
     ``temperature`` of "logit", "kl" and "tsld"; ``tau`` of the token weights, inf for equal ones; ``reduction`` over the batch of "tsld" (see ``token_scaled``).
-    ``layers``: the hidden states that "layer" compares: None for all, or indices, or pairs (student's, teacher's); 0 is what comes out of the embedding, -1 the last. ``normalize``: see ``hidden_error``.
+    ``layers``: the hidden states that "layer" compares: None for all, or indices, or pairs (student's, teacher's); 0 is what comes out of the embedding, -1 the last. ``normalize``: see
+    ``hidden_error``.
     ``shift``: logits at t predict the label at t + 1, as in causal language models of transformers, whose labels come unshifted. False for logits (..., V) and labels (...) that lie side by side.
     ``check``: raise where no token counts, for which one number is read back from the labels' device in every call.
     Raises OptionError where these do not fit.
@@ -208,11 +210,12 @@ class Distillation:
         if not args and not batch:
             raise TrainingError(f"{self}: the teacher has no inputs; call distill(outputs, **batch) with what the student was called with")
         extra: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
-        if getattr(getattr(self.teacher, "config", None), "use_cache", False):
-            extra["use_cache"] = False  # transformers would keep keys and values that nobody asks for
         device = None
         if isinstance(self.teacher, nn.Module):
             device = next((p.device for p in self.teacher.parameters()), None)
+            inner = getattr(self.teacher, "_orig_mod", self.teacher)
+            if "use_cache" in inspect.signature(inner.forward).parameters:
+                extra["use_cache"] = False  # transformers would keep keys and values that nobody asks for
         with running(self.teacher), torch.no_grad():
             return self.teacher(*moved(args, device), **{**extra, **moved(dict(batch), device)})
 

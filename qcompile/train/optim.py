@@ -8,13 +8,14 @@ torch.optim.AdamW keeps 8, and 12 with masters in float32. All arithmetic is in 
 
 What rounding to nearest loses, as the paper does it, and where this departs from it:
 
- * E4M3 has 3 bits of mantissa, so that a moment of its kind, ``beta1 * m + (1 - beta1) * g``, may round back to what it was. Where it grows, it ends short (under a
-   constant gradient at 0.75 of it, for beta1 = 0.9). Where it should decay, it would stand
-   still for ever (for beta1 = 0.9 in the four least codes, for beta1 = 0.95 nearly everywhere), and drag weights along that get no gradient any more, such as rows of an embedding. So here a moment that
-   no gradient holds up (the gradient is zero, or points the other way) and that would be stored as what it was takes the next code towards zero.
+ * E4M3 has 3 bits of mantissa, so that a moment of its kind, ``beta1 * m + (1 - beta1) * g``, may round back to what it was. Where it grows, it ends short (under a constant gradient at 0.75
+   of it, for beta1 = 0.9). Where it should decay, it would stand still for ever (for beta1 = 0.9 in the four least codes, for beta1 = 0.95 nearly everywhere), and drag weights along that get no
+   gradient any more, such as rows of an embedding. So here a moment that no gradient holds up (the gradient is zero, or points the other way) and that would be stored as what it was takes the
+   next code towards zero.
  * A second moment that is not zero is not stored as zero: dividing by eps alone would throw the weight away.
- * FP16 has 11 bits of significand at every scale, which beta2 up to 0.9995 can follow. A master weight takes up changes above 2**-12 of itself. The scale keeps these 11 bits for weights of any size,
-   where plain FP16 has them above 6e-5 only. Updates that are smaller still, as at the end of a long schedule, want ``master="fp32"`` (7 bytes). There is no stochastic rounding, as there is none in the paper.
+ * FP16 has 11 bits of significand at every scale, which beta2 up to 0.9995 can follow. A master weight takes up changes above 2**-12 of itself. The scale keeps these 11 bits for weights of any
+   size, where plain FP16 has them above 6e-5 only. Updates that are smaller still, as at the end of a long schedule, want ``master="fp32"`` (7 bytes). There is no stochastic rounding, as there is
+   none in the paper.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class FP8AdamW(torch.optim.Optimizer):
     ``master``: "fp16" (with a scale), "fp32" or "none" for parameters of less than 32 bits. float32 parameters are their own master, and with "none" every parameter is.
     ``compile``: run the step of each tensor through Inductor, one graph for all shapes.
 
-    A step in which a tensor's gradient (or its new value) is not finite leaves that tensor and its state alone and is counted: ``optimizer.skipped``. Parameters may be bfloat16, float16, float32, float64,
-    FP8, or sharded by FSDP2 (then scales are those of the whole tensor). What others write into a parameter between two steps is seen, master or not.
+    A step in which a tensor's gradient (or its new value) is not finite leaves that tensor and its state alone and is counted: ``optimizer.skipped``. Parameters may be bfloat16, float16,
+    float32, float64, FP8, or sharded by FSDP2 (then scales are those of the whole tensor). What others write into a parameter between two steps is seen, master or not.
     Raises OptionError for options, TrainingError for sparse gradients, complex parameters and the state of another optimizer.
     """
 
@@ -176,7 +177,9 @@ class FP8AdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse or p.grad.layout != torch.strided:
-                    raise TrainingError(f"FP8AdamW: the gradient of a parameter of shape {tuple(p.shape)} is sparse ({p.grad.layout}); build its embedding with sparse=False, or give it to another optimizer")
+                    raise TrainingError(
+                        f"FP8AdamW: the gradient of a parameter of shape {tuple(p.shape)} is sparse ({p.grad.layout}); build its embedding with sparse=False, or give it to another optimizer"
+                    )
                 if not self.state[p]:
                     self.state[p].update(_fresh(p, group["master"]))
                 self._update(p, p.grad, rates)
@@ -200,7 +203,7 @@ class FP8AdamW(torch.optim.Optimizer):
             into.copy_(value.view(into.dtype).view(into.shape) if into.dtype.itemsize == 1 else value.view(into.shape))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of every optimizer, but that state keeps its dtypes (torch would cast it to the parameter's) and is copied. Raises TrainingError for the state of another optimizer or another ``master``."""
+        """As of every optimizer, but that state keeps its dtypes (torch would cast it to the parameter's) and is copied. Raises TrainingError for the state of another optimizer."""
         handle = self.register_load_state_dict_pre_hook(_kept)  # after everybody else's
         try:
             super().load_state_dict(state_dict)

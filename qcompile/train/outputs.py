@@ -65,7 +65,8 @@ def align(
     if shape != tuple(teacher.shape[:-1]):
         raise TrainingError(f"the student's logits are of shape {tuple(student.shape)} and the teacher's of {tuple(teacher.shape)}: batch or sequence differ; call both with the same inputs")
     if (shift or sequences) and len(shape) != 2:
-        raise TrainingError(f"logits of shape {tuple(student.shape)} are not (batch, sequence, vocabulary), which {'the shift by one' if shift else 'tsld'} needs; for others: shift=False and another loss")
+        needs = "the shift by one" if shift else "tsld"
+        raise TrainingError(f"logits of shape {tuple(student.shape)} are not (batch, sequence, vocabulary), which {needs} needs; for others: shift=False and another loss")
     if shift and shape[1] < 2:
         raise TrainingError(f"logits of shape {tuple(student.shape)}: in a sequence of one token nothing predicts another; give longer ones, or shift=False for labels that lie beside their logits")
     mask = _padding(attention_mask, shape, student.device)

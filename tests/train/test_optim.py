@@ -130,7 +130,7 @@ class LM(nn.Module):
 
 
 def test_a_language_model_trains_as_with_adamw():
-    """Characters of Python sources, 120 steps: the loss at the end is within 0.5 % of torch's AdamW in float32, with weights in float32 and in bfloat16 with FP16 masters."""
+    """Characters of Python sources, 90 steps: the loss at the end is within 0.5 % of torch's AdamW in float32, with weights in float32 and in bfloat16 with FP16 masters."""
     text = (STDLIB_LM / "heldout.txt").read_text()[:50000]
     characters = sorted(set(text))
     ids = torch.tensor([characters.index(c) for c in text])
@@ -139,7 +139,7 @@ def test_a_language_model_trains_as_with_adamw():
         torch.manual_seed(1)
         model, losses = LM(len(characters)).to(dtype), []
         optimizer = make(model.parameters(), lr=5e-3)
-        for _ in range(120):
+        for _ in range(90):
             window = ids[torch.randint(0, len(ids) - 33, (8, 1)) + torch.arange(33)]
             loss = F.cross_entropy(model(window[:, :-1]).float().flatten(0, 1), window[:, 1:].flatten())
             optimizer.zero_grad()
@@ -149,7 +149,7 @@ def test_a_language_model_trains_as_with_adamw():
         return losses[0], sum(losses[-20:]) / 20
 
     first, wanted = run(torch.optim.AdamW, torch.float32)
-    assert wanted < 0.7 * first
+    assert wanted < 0.75 * first
     for dtype in (torch.float32, torch.bfloat16):
         assert run(FP8AdamW, dtype)[1] == pytest.approx(wanted, rel=5e-3), dtype
 
@@ -157,7 +157,10 @@ def test_a_language_model_trains_as_with_adamw():
 # --- memory ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "master", "size"), [(torch.float32, "fp16", 3), (torch.bfloat16, "fp16", 5), (torch.bfloat16, "fp32", 7), (torch.float16, "none", 3), (torch.float8_e4m3fn, "fp16", 5)])
+@pytest.mark.parametrize(
+    ("dtype", "master", "size"),
+    [(torch.float32, "fp16", 3), (torch.bfloat16, "fp16", 5), (torch.bfloat16, "fp32", 7), (torch.float16, "none", 3), (torch.float8_e4m3fn, "fp16", 5)],
+)
 def test_bytes_of_a_weight(dtype, master, size):
     p = parameter(64, 33, dtype=dtype)
     optimizer = FP8AdamW([p], master=master)
@@ -402,6 +405,7 @@ def test_fp8_parameters_saturate():
 def test_compiled_steps_are_the_eager_ones():
     """Inductor's arithmetic differs by contractions only; one graph serves every shape and learning rate of a dtype."""
     shapes = [(6, 10), (5,), (3, 4, 2), (30, 2)]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     eager, fast = ([parameter(*s, dtype=torch.bfloat16) for s in shapes] for _ in range(2))
     for a, b in zip(eager, fast):
         b.data.copy_(a)
@@ -418,7 +422,7 @@ def test_compiled_steps_are_the_eager_ones():
     for a, b in zip(eager, fast):
         torch.testing.assert_close(a, b, rtol=0.01, atol=1e-4)
     assert optimizers[0].skipped == optimizers[1].skipped == len(shapes)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def check_fsdp2(rank):
 
     from qcompile.train.optim import FP8AdamW
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(torch.get_default_device().type, (2,))
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         whole = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 1)).to(dtype)  # 5 rows: 3 and 2; 1 row: 1 and none
