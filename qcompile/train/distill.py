@@ -144,7 +144,7 @@ class Distillation:
     """A loss that runs the teacher: ``loss, parts = distill(student_outputs, **batch)``.
 
     ``teacher``: a model, compiled or not, on any device and of any float dtype, or any callable; it runs under no_grad, in eval mode (its modules get their own modes back), without the labels.
-    None where every call brings ``teacher_outputs``.
+    None where every call brings ``teacher_outputs``. An encoder-decoder that makes its inputs from labels wants a function around it that passes them.
     ``loss``: a row of LOSSES, or weights by name: ``{"tsld": 1.0, "layer": 0.5}``. ``ground_truth`` adds that loss with a weight.
     ``temperature`` of "logit", "kl" and "tsld"; ``tau`` of the token weights, inf for equal ones; ``reduction`` over the batch of "tsld" (see ``token_scaled``).
     ``layers``: the hidden states that "layer" compares: None for all, or indices, or pairs (student's, teacher's); 0 is what comes out of the embedding, -1 the last. ``normalize``: see
