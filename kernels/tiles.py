@@ -73,11 +73,10 @@ def _select(values: tuple[float, ...], start: int, bit: int) -> str:
 
 def _minifloat(fmt: Format) -> str:
     """The code's magnitude moved to the exponent and mantissa fields of float32, then rescaled by 2**(127 - bias): subnormals come out right by themselves."""
-    bias = 2 ** (fmt.exp - 1) - 1
     sign, magnitude = 2 ** (fmt.bits - 1), 2 ** (fmt.bits - 1) - 1
     return (
         f"wide = code.to(tl.int32)\n"
-        f"w = ((wide & {magnitude}) << {23 - fmt.man}).to(tl.float32, bitcast=True) * {2.0 ** (127 - bias)!r}\n"
+        f"w = ((wide & {magnitude}) << {23 - fmt.man}).to(tl.float32, bitcast=True) * {2.0 ** (127 - fmt.bias)!r}\n"
         f"w = tl.where((wide & {sign}) != 0, -w, w)"
     )
 

@@ -23,6 +23,10 @@ class CalibrationError(QcompileError, ValueError):
     """Calibration data, or statistics taken earlier, that cannot serve this model; the message names the first place where they do not."""
 
 
+class TrainingError(QcompileError, ValueError):
+    """Outputs, labels, gradients or processes of a training loop that do not fit together; the message says which."""
+
+
 class PassError(QcompileError, RuntimeError):
     """A pass failed; the message names the pass and what ran before it."""
 

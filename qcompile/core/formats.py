@@ -1,6 +1,6 @@
 """Number formats as data: one row per format, one ``encode``, one ``decode``.
 
-A format of at most 8 bits is an integer grid, a minifloat (four numbers describe it) or a table of values (NF4, FP4); or "learned", a table that every tensor brings its own values for
+A format of at most 8 bits is an integer grid, a minifloat (five numbers describe it) or a table of values (NF4, FP4); or "learned", a table that every tensor brings its own values for
 (``LEARNED``): ``fitted`` makes of it and of these values the format that codes are taken in.
 A code is an integer; ``decode`` gives its value. Invariants, each tested for every row: ``encode(decode(c)) == c`` up to the sign of zero,
 ``encode`` is monotone, and what lies outside the range saturates. Ties go to the even code, as in IEEE 754; in a table to the lower one, as in bitsandbytes.
@@ -29,7 +29,7 @@ class Format:
     """One number format.
 
     ``specials`` counts the codes that a minifloat loses at its top: none, one NaN (``e4m3`` of OCP FP8) or a whole exponent (IEEE, ``e5m2``).
-    ``native`` is the torch dtype that stores exactly these codes, if there is one.
+    ``native`` is the torch dtype that stores exactly these codes, if there is one. ``exponent_bias`` is None where a minifloat has IEEE 754's, ``2**(exp - 1) - 1``.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Format:
     specials: Literal["none", "nan", "ieee"] = "none"
     values: tuple[float, ...] = ()
     native: torch.dtype | None = None
+    exponent_bias: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -48,6 +49,11 @@ class Format:
     def man(self) -> int:
         """Mantissa bits of a minifloat."""
         return self.bits - self.signed - self.exp
+
+    @property
+    def bias(self) -> int:
+        """Of a minifloat: a code with exponent bits ``e > 0`` and mantissa ``1.m`` is worth ``1.m * 2**(e - bias)``."""
+        return 2 ** (self.exp - 1) - 1 if self.exponent_bias is None else self.exponent_bias
 
     @property
     def lo(self) -> float:
@@ -81,10 +87,6 @@ class Format:
         return self.kind == "int"
 
 
-def _bias(fmt: Format) -> int:
-    return (1 << (fmt.exp - 1)) - 1
-
-
 def fitted(fmt: Format, codebook: Tensor) -> Format:
     """The table of one tensor: a learned format with its values, (2**bits,) float32, ascending."""
     return replace(fmt, kind="table", values=tuple(codebook.tolist()))
@@ -100,7 +102,7 @@ def numbers(fmt: Format) -> tuple[float, ...]:
         raise AssertionError(f"{fmt} has no values before they are fitted")
     if fmt.kind == "table":
         return fmt.values
-    bias, steps = _bias(fmt), 2**fmt.man
+    bias, steps = fmt.bias, 2**fmt.man
     values = [m / steps * 2.0 ** (1 - bias) if e == 0 else (1 + m / steps) * 2.0 ** (e - bias) for e in range(2**fmt.exp) for m in range(steps)]
     lost = {"none": 0, "nan": 1, "ieee": steps}[fmt.specials]
     return tuple(values[: len(values) - lost])
@@ -151,7 +153,7 @@ def _encode_minifloat(x: Tensor, fmt: Format) -> Tensor:
     nothing about the code's, so that ties (n = 1.5) are decided by the exponent.
     """
     magnitude = x.abs().clamp(max=fmt.hi)
-    least = 1 - _bias(fmt)
+    least = 1 - fmt.bias
     e = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=least)
     step = ((e - fmt.man + 127) << 23).view(torch.float32)
     ratio = magnitude / step
@@ -176,7 +178,7 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
         return out
     magnitude = (codes & (2 ** (fmt.bits - 1) - 1)).to(torch.int32)
     e, m = magnitude >> fmt.man, magnitude & (2**fmt.man - 1)
-    power = ((e.clamp(min=1) - _bias(fmt) - fmt.man + 127) << 23).view(torch.float32)
+    power = ((e.clamp(min=1) - fmt.bias - fmt.man + 127) << 23).view(torch.float32)
     value = torch.where(e == 0, m, m + 2**fmt.man).float() * power
     return torch.where((codes >> (fmt.bits - 1)) > 0, -value, value)
 
@@ -189,8 +191,9 @@ def find(name: str, where: str = "") -> Format:
 
 
 def _float(name: str, specials: Literal["none", "nan", "ieee"] = "none", native: torch.dtype | None = None) -> Format:
+    """A row from its name: e<exponent bits>m<mantissa bits>, then b<bias> where that is not IEEE 754's."""
     exp, man = int(name[1]), int(name[3])
-    return Format(name, 1 + exp + man, "float", exp=exp, specials=specials, native=native)
+    return Format(name, 1 + exp + man, "float", exp=exp, specials=specials, native=native, exponent_bias=int(name[5:]) if name[4:] else None)
 
 
 _ROWS = (
@@ -198,6 +201,9 @@ _ROWS = (
     *(Format(f"uint{b}", b, "int", signed=False, native=torch.uint8 if b == 8 else None) for b in range(2, 9)),
     _float("e4m3", "nan", torch.float8_e4m3fn),  # OCP 8-bit floating point specification, 2022: both dtypes
     _float("e5m2", "ieee", torch.float8_e5m2),
+    # HFP8 (Sun et al. 2019), forward: 1-4-3 with 4 added to the bias of 7, so that 30 is the greatest value. Its backward format, 1-5-2, is e5m2. Subnormals (down to 2**-13) as in
+    # float8_e4m3b11fnuz of LLVM and ml_dtypes, which cites that paper and has NaN where -0 is here; IBM's fms-model-optimizer can also do without (its least is then 1.125 * 2**-11).
+    _float("e4m3b11"),
     *map(_float, ("e3m4", "e2m5", "e3m2", "e2m3", "e2m1", "e1m2", "e3m0")),  # LLM-FP4 (Liu et al. 2023) and OCP MX v1.0: no code is lost
     Format("nf4", 4, "table", values=NF4),
     Format("fp4", 4, "table", values=BNB_FP4),

@@ -202,6 +202,17 @@ def test_small_minifloats(name):
     assert same(table(FORMATS[name]), torch.cat([half, -half]))
 
 
+def test_hfp8():
+    """Sun et al. 2019: every exponent of E4M3 means a sixteenth of OCP's, and the codes that OCP gives to NaN are the greatest values."""
+    fmt, ocp = FORMATS["e4m3b11"], table(FORMATS["e4m3"])
+    nan = ocp.isnan()
+    assert nan.nonzero().flatten().tolist() == [127, 255] and table(fmt)[nan].tolist() == [30, -30]
+    assert same(table(fmt)[~nan], ocp[~nan] / 16)
+    assert (fmt.bias, FORMATS["e4m3"].bias, FORMATS["e5m2"].bias) == (11, 7, 15)
+    assert (numbers(fmt)[1], numbers(fmt)[8]) == (2**-13, 2**-10)
+    assert FORMATS["e5m2"].hi == 57344 and numbers(FORMATS["e5m2"])[1] == 2**-16  # its backward format
+
+
 @pytest.mark.parametrize(("name", "lo", "hi"), [("int2", -2, 1), ("int4", -8, 7), ("int8", -128, 127), ("uint3", 0, 7), ("uint4", 0, 15), ("uint8", 0, 255)])
 def test_integers(name, lo, hi):
     assert values_of(FORMATS[name]).tolist() == list(range(lo, hi + 1))

@@ -41,7 +41,7 @@ def test_the_loop_in_the_interpreter(which: str, cases: int) -> None:
     ("weight", "given", "reason"),
     [
         ("int3.g128", None, "codes of 3 bits"), ("int4.g32", None, "not multiples of 64"), ("uint4.g128.min", None, "not multiples"), ("int8.row", "int8.g32", "not multiples"),
-        ("uint8.g128.point", None, "without zero points"), ("e3m4.row", None, "not int8 or FP8"), ("int4.g64/int8.g16", None, "not one for each row"),
+        ("uint8.g128.point", None, "without zero points"), ("e3m4.row", None, "not int8 or FP8"), ("e4m3b11.row", None, "not int8 or FP8"), ("int4.g64/int8.g16", None, "not one for each row"),
     ],
 )  # fmt: skip
 def test_refusals(weight: str, given: str | None, reason: str) -> None:

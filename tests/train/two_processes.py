@@ -1,0 +1,40 @@
+"""What a test runs in two processes: ``run(__file__, check)`` in the test, ``main(checks)`` in the file, which is then a script. An assertion that fails in one process fails the test.
+
+On "cpu" they meet through gloo; on "cuda" through NCCL, and each process makes its tensors on a GPU of its own.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+
+def run(file: str, check: str, device: str = "cpu") -> str:
+    """Runs one check of the file on both ranks; gives what rank 0 printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, file, check, device, folder]
+        started = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/") for rank in range(2)]
+        printed = [process.communicate(timeout=120)[0] for process in started]
+    assert not any(process.returncode for process in started), "\n".join(text[-4000:] for text in printed)
+    return printed[0]
+
+
+def main(checks: Mapping[str, Callable[[int], None]]) -> None:
+    """The script's side."""
+    import torch
+    import torch.distributed as dist
+
+    name, device, folder, rank = *sys.argv[1:4], int(sys.argv[4])
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{pathlib.Path(folder) / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    checks[name](rank)
+    dist.barrier()
+    dist.destroy_process_group()
