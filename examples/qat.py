@@ -49,7 +49,7 @@ def perplexity(model, tokens: torch.Tensor) -> float:
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--steps", type=int, default=60)
+    cli.add_argument("--steps", type=int, default=30)
     cli.add_argument("--batch", type=int, default=4)
     cli.add_argument("--weight", default="int2.g64", help="the scheme of weights")
     args = cli.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
     began = time.perf_counter()
     teacher, tokenizer = stdlib_lm()
     held = (STDLIB_LM / "heldout.txt").read_text("utf-8")
-    judged = tokenizer(held, return_tensors="pt").input_ids[0][: 8 * CONTEXT]
+    judged = tokenizer(held, return_tensors="pt").input_ids[0][: 4 * CONTEXT]
     data = corpus(tokenizer, held)
     model = copy.deepcopy(teacher)
     fast = torch.compile(model, backend="qcompile", options={"weight": args.weight, "train": "qat"})
