@@ -15,13 +15,19 @@ from .infra import graph_pass
 @graph_pass()
 def checkpoints(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Write out checkpointed bodies; nested ones, too."""
+    count = write_out(gm)
+    gm.meta["note"] = f"{count} checkpointed bodies written out" if count else ""
+    return gm
+
+
+def write_out(gm: fx.GraphModule) -> int:
+    """Rewrite in place; returns how many bodies there were."""
     count = 0
     while bodies := [n for n in gm.graph.nodes if n.op == "call_function" and n.target is compat.checkpoint_op()]:
         for node in bodies:
             count += 1
             _write_out(gm, node, count)
-    gm.meta["note"] = f"{count} checkpointed bodies written out" if count else ""
-    return gm
+    return count
 
 
 def _write_out(gm: fx.GraphModule, node: fx.Node, number: int) -> None:

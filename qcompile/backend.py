@@ -182,7 +182,8 @@ class CompiledGraph:
                 continue
             value = inputs[param.index]
             if is_released(value):
-                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph reads it; load the weights again, or compile with the recipe that packed it")
+                how = "freeze it again (requires_grad_(False)), or give it a value with qcompile.restore_weights(model) to train it" if param.trained else "load the weights again, or compile with the recipe that packed it"
+                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph {'trains' if param.trained else 'reads'} it; {how}")
             if value.dim() > 1:
                 TABLE.record(value, param.path).pinned.add("a compiled graph reads it in 16 bits")
 
@@ -238,7 +239,8 @@ class CompiledGraph:
                 self._bindings.pop(key, None)
 
             self._ready(args)
-            binding = Binding(parameters, self._fetch, forget)
+            packed = {arg for slot in self.slots for arg in slot.args}
+            binding = Binding(parameters, self._fetch, forget, [i for i, arg in enumerate(self._weights) if arg in packed])
             binding.get(parameters)
             self._bindings[key] = binding
         return self
