@@ -53,7 +53,10 @@ def restore_weights(model: nn.Module, rounded: bool = False) -> int:
         for name, held in list(module.parametrizations.items()) if parametrize.is_parametrized(module) else ():  # type: ignore[union-attr, operator]
             if isinstance(held[0], Stored):
                 parametrize.remove_parametrizations(module, name)
-                filled += module.get_parameter(name).requires_grad_(False).nbytes
+                value = getattr(module, name).detach()
+                delattr(module, name)  # torch leaves a plain tensor there
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+                filled += value.nbytes
     for p in dict.fromkeys(model.parameters()):
         if is_released(p):
             revive(p)

@@ -59,10 +59,10 @@ def equal(found, wanted, rtol=1e-5):
     return found.keys() == wanted.keys() and all(close(found[name], wanted[name], rtol) for name in wanted)
 
 
-def llama(layers: int = 1, checkpoint: bool = False, **config):
+def llama(layers: int = 1, checkpoint: bool = False, **sizes):
     """(PEFT model, batch): LoRA on every linear, B not zero."""
-    model, inputs = tiny("llama", num_hidden_layers=layers)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **config))
+    model, inputs = tiny("llama", num_hidden_layers=layers, **sizes)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # a hook that Dynamo cannot capture, and that only reentrant checkpoints need
@@ -72,12 +72,12 @@ def llama(layers: int = 1, checkpoint: bool = False, **config):
 
 @pytest.mark.parametrize(
     ("options", "scheme"),
-    [({}, NF4), ({"recipe": "NF4", "weight": None}, "nf4.g64"), ({"weight": "int4.g32"}, "int4.g32"), ({"weight": "uint4.g32.point"}, "uint4.g32.point"), ({"weight": "e4m3.row"}, "e4m3.row"), ({"lower": "inductor"}, NF4)],
+    [({}, NF4), ({"recipe": "NF4", "weight": None}, "nf4.g64"), ({"weight": "int4.g32"}, "int4.g32"), ({"weight": "uint4.g32.point"}, "uint4.g32.point"), ({"weight": "e4m3.row"}, "e4m3.row")],
 )
 @pytest.mark.parametrize("lower", ["eager", "inductor"])
 def test_gradients_are_those_of_the_dequantized_base(options, scheme, lower):
     model, x = Net(), torch.randn(2, 5, 64)
-    loss, found = gradients(model, compiled(model, lower=lower, **{k: v for k, v in options.items() if k != "lower"}), x)
+    loss, found = gradients(model, compiled(model, lower=lower, **options), x)
     twin = rounded(model, scheme, keep=KEEP)
     wanted_loss, wanted = gradients(twin, twin, x)
     assert close(loss, wanted_loss) and equal(found, wanted) and len(found) == 4
@@ -139,7 +139,7 @@ def test_twenty_steps(lower="eager"):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         base = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer").weight
         (entry,) = TABLE.get(base).entries.values()
         assert codes is None or (entry.tensors[0].data_ptr() == codes[0] and torch.equal(entry.tensors[0], codes[1]))
@@ -149,14 +149,13 @@ def test_twenty_steps(lower="eager"):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_what_is_kept_for_the_backward(monkeypatch):
+def test_what_is_kept_for_the_backward():
     """Inductor's forward graph calls our kernels on the codes, and nothing that it hands to the backward is a weight in 16 or 32 bits; nor does the backward call a kernel of the forward."""
     from torch._inductor import config
 
     found = []
-    monkeypatch.setattr(config, "post_grad_custom_post_pass", lambda graph: found.append(graph))
     model, x = Net(), torch.randn(5, 64)
-    with torch._functorch.config.patch(enable_autograd_cache=False), config.patch(fx_graph_cache=False):
+    with torch._functorch.config.patch(enable_autograd_cache=False), config.patch(fx_graph_cache=False, post_grad_custom_post_pass=found.append):
         compiled(model, lower="inductor")(x).sum().backward()
     forward, backward = found
     assert [str(n.target) for n in forward.nodes if "qcompile" in str(n.target)].count("qcompile.linear.default") == 2
@@ -164,13 +163,13 @@ def test_what_is_kept_for_the_backward(monkeypatch):
     kept = [n.meta["val"] for n in forward.find_nodes(op="output")[0].args[0] if n is not None]
     weights = {tuple(m.weight.shape) for m in (model.up.base, model.down.base)}
     assert not [t for t in kept if t.dtype.is_floating_point and (tuple(t.shape) in weights or tuple(t.shape)[::-1] in weights)]
-    assert [t.dtype for t in kept].count(torch.uint8) == 2
+    assert [t.dtype for t in kept].count(torch.uint8) == 1  # nothing before the first linear trains
 
 
 @pytest.mark.parametrize("how", ["option", "release_weights"])
 def test_released(how):
     """Training needs no 16-bit value of the base: gradients stay, and what is resident are codes."""
-    model, inputs = llama()
+    model, inputs = llama(hidden_size=128, intermediate_size=256)
     twin = rounded(model, NF4, keep=KEEP)
     _, wanted = gradients(twin, twin, **inputs)
     fast = compiled(model, release=how == "option")
@@ -317,7 +316,7 @@ def test_a_base_that_is_stored_as_codes():
     """``qcompile.quantize`` first, adapters on top of it; then back to plain weights, and merged."""
     model, inputs = tiny("llama", num_hidden_layers=1)
     twin = rounded(model, "int4.g32", keep=KEEP)
-    qcompile.quantize(model, weight="int4.g32")
+    qcompile.quantize(model, recipe="W4A16", weight="int4.g32")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(5)
     model = peft.get_peft_model(model, config)
