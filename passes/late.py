@@ -36,6 +36,8 @@ def _write_out(graph: fx.Graph, node: fx.Node) -> None:
         for inner in traced.graph.nodes:
             if inner.op == "output":
                 node.replace_all_uses_with(inputs[inner.args[0]])
+            elif inner.target is torch.ops.aten.alias.default:
+                inputs[inner] = inputs[inner.args[0]]
             elif inner.op == "call_function":
                 inputs[inner] = graph.node_copy(inner, inputs.__getitem__)
             elif inner.op != "placeholder":

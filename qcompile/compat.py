@@ -103,6 +103,7 @@ def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     device = next(a.device.type for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor))
     with torch.no_grad(), torch.autocast(device, enabled=False), fake_mode(torch.utils._pytree.tree_leaves(args)), enable_python_dispatcher():
         gm: fx.GraphModule = make_fx(fn, select_decomp_table(), tracing_mode="real")(*args)
+    gm.graph.eliminate_dead_code()  # what decompositions tried and did not take
     return gm
 
 
