@@ -60,8 +60,8 @@ def loss_of(model, windows: torch.Tensor) -> float:
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--steps", type=int, default=80)
-    cli.add_argument("--batch", type=int, default=4)
+    cli.add_argument("--steps", type=int, default=40)
+    cli.add_argument("--batch", type=int, default=2)
     cli.add_argument("--rank", type=int, default=16)
     args = cli.parse_args()
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"loss on docstrings, {WEIGHT}: {loss_of(fast, judge):.3f}")
 
     adapters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapters, lr=4e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 - step / args.steps))
     bar = tqdm(range(args.steps), mininterval=2.0)
     for _ in bar:

@@ -27,7 +27,7 @@ def schemes(scheme: str) -> tuple[Scheme | None, Scheme]:
 
 def reference(x: Tensor, weight: Sequence[Tensor], range: Sequence[Tensor], scheme: str) -> Tensor:
     """(..., K) -> (..., N), float32; ``weight`` as ``QTensor.flatten`` gives it, ``range`` the static range of x, empty where there is none. The same numbers as inference, to the last bit."""
-    sx, sw = schemes(scheme)
+    sx, _ = schemes(scheme)
     if sx is None:
         return linear.reference(x, weight, scheme)
     codes, *scale = quantize.reference(x, range, str(sx))

@@ -16,10 +16,9 @@ from qcompile.core.recipe import KEEP, Choice, Recipe
 from qcompile.kernels.op import target
 from qcompile.kernels.scaled_linear import spell
 
-from . import experts
 from .infra import graph_pass
 from .lower import Builder, erase_unused_views
-from .sites import Site, example
+from .sites import Site
 from .slots import leader, slot_inputs, slot_of, slots_of
 from .training import Training
 
@@ -59,7 +58,7 @@ class _Frozen(Builder):
         """(..., N) float32."""
         return graph.call_function(target("frozen_linear"), (x, weight, self._range(site, choice), _spelled(choice)))
 
-    def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
+    def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node | None, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
         """(S, N) float32."""
         return graph.call_function(target("frozen_grouped"), (x, index, weight, self._range(site, choice), _spelled(choice), by_row))
 

@@ -168,7 +168,7 @@ class Builder:
             out = graph.call_method("unsqueeze", (out, -1 if product.form == "weight_first" else 1))
         return y, out
 
-    def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
+    def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node | None, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
         """(S, N) float32."""
         codes, scale = x, []
         if choice.input is not None:

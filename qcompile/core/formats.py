@@ -184,11 +184,8 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
 def _select(codes: Tensor, values: Sequence[float], bit: int) -> Tensor:
     """``values[codes]`` by the bits of the codes, from ``bit`` down: half as many operations as a question for every code. Codes beyond the values give zero."""
     half, zero = 1 << bit, torch.zeros((), dtype=torch.float32, device=codes.device)
-    on = (codes & half) != 0
-    parts = [values[:half], values[half : 2 * half]]
-    if bit:
-        return torch.where(on, *(_select(codes, part, bit - 1) if part else zero for part in reversed(parts)))
-    return torch.where(on, *(part[0] if part else 0.0 for part in reversed(parts))).float()
+    low, high = (_select(codes, part, bit - 1) if bit and part else torch.full_like(zero, part[0]) if part else zero for part in (values[:half], values[half : 2 * half]))
+    return torch.where((codes & half) != 0, high, low)
 
 
 def find(name: str, where: str = "") -> Format:
