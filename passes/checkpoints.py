@@ -52,4 +52,7 @@ def _write_out(gm: fx.GraphModule, node: fx.Node, mark: dict[str, Any]) -> None:
     for user in list(node.users):  # the op gives a tuple, whose parts are taken by getitem
         user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
         gm.graph.erase_node(user)
+    attribute: Any = node.args[0]
     gm.graph.erase_node(node)
+    if not attribute.users:
+        gm.graph.erase_node(attribute)

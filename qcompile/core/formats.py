@@ -212,6 +212,7 @@ _ROWS = (
     *map(_float, ("e3m4", "e2m5", "e3m2", "e2m3", "e2m1", "e1m2", "e3m0")),  # LLM-FP4 (Liu et al. 2023) and OCP MX v1.0: no code is lost
     Format("nf4", 4, "table", values=NF4),
     Format("fp4", 4, "table", values=BNB_FP4),
+    Format("ternary", 2, "table", values=(-1.0, 0.0, 1.0)),  # Li et al. 2016 (arXiv 1605.04711); log2(3) bits of information in two of storage
 )
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 LEARNED: dict[str, Format] = {f"lut{b}": Format(f"lut{b}", b, "learned") for b in (2, 3, 4)}
