@@ -108,6 +108,13 @@ def recompute_mark(number: int) -> dict[str, Any]:
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
 
 
+def saved_mark() -> dict[str, Any]:
+    """What a node carries whose value AOTAutograd keeps for the backward, and never computes again from inputs that may have changed meanwhile."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.MUST_SAVE}
+
+
 def force_stride_order() -> Any:
     """Inductor's op that makes a value own its memory; it exists once Inductor's prims are imported."""
     import torch._inductor.inductor_prims
