@@ -23,6 +23,8 @@ from .op import Op
 
 SCALE, OVERFLOWS, POSITION, RING = range(4)
 """Columns of a row of state; the ring is the last column and all behind it."""
+NUMBERS = 7
+"""Columns of what ``fp8_scales`` gives: scales of the input, the weight and the gradient, the place in the rings, and the three reciprocals."""
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -43,7 +45,8 @@ def entered(state: Tensor, scale: Tensor, position: Tensor, amax: Tensor, hi: fl
 
 
 def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: bool) -> Tensor:
-    """``forward`` (S, 2, L), rows of the input and the weight of S linears, ``backward`` (S, 1, L), of the output's gradient -> (S, 4) float32: their three scales, and this call's place in the rings.
+    """``forward`` (S, 2, L), rows of the input and the weight of S linears, ``backward`` (S, 1, L), of the output's gradient -> (S, NUMBERS) float32: their three scales, this call's place in the rings, and the
+    reciprocals of the scales, so that products read them where they are.
 
     ``reduce`` takes the maxima over all processes of the default group, where there is one: one collective for all linears.
     """
@@ -53,20 +56,20 @@ def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: boo
     hi = torch.where(torch.arange(3, device=forward.device) < 2, highest(E4M3), highest(E5M2))
     scale = torch.where(largest > 0, hi / largest.clamp(min=TINY) * 2.0**-margin, both[..., SCALE])
     position = torch.remainder(forward[:, :1, POSITION] + 1, forward.shape[-1] - RING)
-    return torch.cat([scale, position], 1)
+    return torch.cat([scale, position, 1 / scale], 1)
 
 
 def scales_fake(forward: Tensor, backward: Tensor, margin: int, reduce: bool) -> Tensor:
     """Shape and dtype of ``scales_reference``."""
-    return forward.new_empty((forward.shape[0], 4))
+    return forward.new_empty((forward.shape[0], NUMBERS))
 
 
 SCALES = Op("fp8_scales", "(Tensor forward, Tensor backward, int margin, bool reduce) -> Tensor", scales_reference, scales_fake)
 
 
 def record_reference(forward: Tensor, numbers: Tensor, amax: Sequence[Tensor]) -> Tensor:
-    """``forward`` (S, 2, L) after a call: ``numbers`` (S, 4) as ``fp8_scales`` gave them, ``amax`` of each linear (2,), of its input and its weight."""
-    return entered(forward, numbers[:, :2], numbers[:, 3:].expand(-1, 2), torch.stack(list(amax)), highest(E4M3))
+    """``forward`` (S, 2, L) after a call: ``numbers`` (S, NUMBERS) as ``fp8_scales`` gave them, ``amax`` of each linear (2,), of its input and its weight."""
+    return entered(forward, numbers[:, :2], numbers[:, 3:4].expand(-1, 2), torch.stack(list(amax)), highest(E4M3))
 
 
 def record_fake(forward: Tensor, numbers: Tensor, amax: Sequence[Tensor]) -> Tensor:

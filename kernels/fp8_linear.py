@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile import compat
 from qcompile.core.errors import Skip
 from qcompile.core.ranges import TINY
 from qcompile.core.scheme import Scheme
@@ -70,7 +71,7 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, given: bool = False) -> T
     hi = highest(dtype)
     z = x.float() * scale
     y = z.clamp(-hi, hi)
-    return (torch.where(z.abs() == float("inf"), float("nan"), y) if given else y).to(dtype)
+    return (y + (z - z) if given else y).to(dtype)  # inf - inf is NaN; as a constant NaN would differ from itself, and casts of the same x would not be made one
 
 
 def scaled(x: Tensor, dtype: torch.dtype, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def product_fake(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: 
 
 def product_case(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Case:
     """The case of one call; its K may be any size, since the trace pads it."""
-    return case_of(a.device, dtype, b.shape[0], STEP)
+    return case_of(compat.device_of(a), dtype, compat.sizes(b)[0], STEP)
 
 
 def case_of(device: torch.device, dtype: torch.dtype, n: int, k: int) -> Case:
@@ -108,12 +109,20 @@ def supports(c: Case) -> Skip | None:
     return None
 
 
-def library(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    """cuBLAS: the second operand column-major, sums along a multiple of 16; scales by rows come out in bfloat16."""
+def product_simplify(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Any:
+    """For the library: sums along a multiple of 16 are padded, and scales by rows come out in bfloat16."""
+    if PRODUCT.choose(product_case(a, a_scale, b, b_scale, dtype, fast))[0] is None:
+        return NotImplemented
     if extra := -a.shape[1] % STEP:
         a, b = (F.pad(t.view(torch.uint8), (0, extra)).view(t.dtype) for t in (a, b))
-    out = torch.bfloat16 if a_scale.shape[0] != 1 or b_scale.shape[0] != 1 else dtype
-    return torch.ops.aten._scaled_mm(a, b.t(), a_scale, b_scale.reshape(1, -1), None, None, out, fast).to(dtype)  # type: ignore[no-any-return]
+        return target("fp8_product")(a, a_scale, b, b_scale, dtype, fast)
+    if dtype != torch.bfloat16 and (a_scale.shape[0] != 1 or b_scale.shape[0] != 1):
+        return target("fp8_product")(a, a_scale, b, b_scale, torch.bfloat16, fast).to(dtype)
+    return NotImplemented
+
+
+def _lower(case: Case, a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: torch.dtype, fast: bool) -> Any:
+    return compat.scaled_mm(a, a_scale, b, b_scale, dtype, fast)
 
 
 PRODUCT = Op(
@@ -122,7 +131,28 @@ PRODUCT = Op(
     product_reference,
     product_fake,
     product_case,
-    (Kernel("scaled_mm", "cuda", supports, None, library),),
+    (Kernel("scaled_mm", "cuda", supports, _lower),),
+    product_simplify,
+)
+
+
+def transpose_reference(codes: Tensor, after: Tensor) -> Tensor:
+    """Codes (M, K) as (K, M), rows together. ``after`` is any gradient: what depends on one is computed in the backward, so that codes are saved once, or, in a checkpointed body, not at all."""
+    return codes.t().contiguous()
+
+
+def transpose_fake(codes: Tensor, after: Tensor) -> Tensor:
+    """Shape and dtype of ``transpose_reference``."""
+    return codes.new_empty((codes.shape[1], codes.shape[0]))
+
+
+TRANSPOSE = Op(
+    "fp8_transpose",
+    "(Tensor codes, Tensor after) -> Tensor",
+    transpose_reference,
+    transpose_fake,
+    lambda codes, after: Case(compat.device_of(codes), torch.uint8, Scheme.parse("e4m3.tensor"), None, 1, 1),
+    (Kernel("transpose", "cuda", lambda case: None, lambda case, codes, after: compat.transposed(codes)),),
 )
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -131,7 +161,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def reference(x: Tensor, weight: Tensor, numbers: Sequence[Tensor], history: Sequence[Tensor], row: int, first: int, scaling: str) -> Parts:
     """x (..., K), weight (N, K) -> y (..., N) in x's dtype; codes of x (M, K) and of the weight (N, K) for the backward, with what multiplies them back; and their largest magnitudes (2,).
 
-    ``numbers`` [(S, 4)] and ``history`` [(S, 1, L)] are of delayed scaling (``fp8_history``), empty otherwise: this linear's are at ``row``, its input's at ``first``, that of the first linear
+    ``numbers`` [(S, NUMBERS)] and ``history`` [(S, 1, L)] are of delayed scaling (``fp8_history``), empty otherwise: this linear's are at ``row``, its input's at ``first``, that of the first linear
     that reads the same input.
     """
     how, flat, multiply = SCALINGS[scaling], two_dimensional(x), target("fp8_product")
@@ -140,15 +170,20 @@ def reference(x: Tensor, weight: Tensor, numbers: Sequence[Tensor], history: Seq
         saved = (*scaled(flat, E4M3, 0), *scaled(weight, E4M3, 0))
         amax = x.new_zeros(2, dtype=torch.float32)
     elif how.delayed:
-        sx, sw = numbers[0][first, 0].reshape(1, 1), numbers[0][row, 1].reshape(1, 1)
-        saved = (cast(flat, sx, E4M3, True), 1 / sx, cast(weight, sw, E4M3, True), 1 / sw)
-        y = multiply(*saved, x.dtype, True)
+        codes, w_codes = cast(flat, numbers[0][first, 0], E4M3, True), cast(weight, numbers[0][row, 1], E4M3, True)
+        y = multiply(codes, _back(numbers[0], first, 0), w_codes, _back(numbers[0], row, 1), x.dtype, True)
+        saved = (codes, x.new_zeros((1, 1), dtype=torch.float32), w_codes, x.new_zeros((1, 1), dtype=torch.float32))  # the numbers say it: no output may be a part of an input
         amax = torch.cat([largest(flat), largest(weight)]).reshape(2)
     else:
         saved = (*scaled(flat, E4M3), *scaled(weight, E4M3))
         y = multiply(*saved, x.dtype, True)
         amax = x.new_zeros(2, dtype=torch.float32)
     return y.reshape(*x.shape[:-1], weight.shape[0]), *saved, amax
+
+
+def _back(numbers: Tensor, row: int, role: int) -> Tensor:
+    """What multiplies codes back, (1, 1): a view of the numbers."""
+    return numbers[row, 4 + role].reshape(1, 1)
 
 
 def fake(x: Tensor, weight: Tensor, numbers: Sequence[Tensor], history: Sequence[Tensor], row: int, first: int, scaling: str) -> Parts:
@@ -162,7 +197,7 @@ def fake(x: Tensor, weight: Tensor, numbers: Sequence[Tensor], history: Sequence
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
     """Keep what the backward reads: codes of x where the weight is trained, codes of the weight where x needs a gradient. The history is no saved tensor: other linears write to it meanwhile."""
-    x, weight, numbers, ctx.history, ctx.row, _, scaling = inputs
+    x, weight, numbers, ctx.history, ctx.row, ctx.first, scaling = inputs
     _, codes, back, w_codes, w_back, _ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -183,25 +218,25 @@ def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if how.by_row:
         along, across = scaled(g, how.gradient, -1) if w else None, scaled(g, how.gradient, 0) if x else None
     elif how.delayed:
-        along = across = _delayed(g, held[0][ctx.row], ctx.history[0][ctx.row], how)
+        w, x = (w[0], _back(held[0], ctx.row, 1)) if w else None, (x[0], _back(held[0], ctx.first, 0)) if x else None
+        along = across = _delayed(g, held[0], ctx.row, ctx.history[0][ctx.row], how)
     else:
         along = across = scaled(g, how.gradient)
-    dx = None if w is None or along is None else _times(*along, *w, ctx.dtypes[0], how.fast).reshape(ctx.shape)
-    dw = None if x is None or across is None else _times(across[0].t().contiguous(), across[1].reshape(-1, 1), *x, ctx.dtypes[1], how.fast)
+    dx = None if w is None or along is None else _times(*along, *w, g, ctx.dtypes[0], how.fast).reshape(ctx.shape)
+    dw = None if x is None or across is None else _times(target("fp8_transpose")(across[0], g), across[1].reshape(-1, 1), *x, g, ctx.dtypes[1], how.fast)
     return dx, dw, *rest
 
 
-def _delayed(g: Tensor, numbers: Tensor, history: Tensor, how: Scaling) -> tuple[Tensor, Tensor]:
+def _delayed(g: Tensor, numbers: Tensor, row: int, history: Tensor, how: Scaling) -> tuple[Tensor, Tensor]:
     """Codes of a gradient under the scale of calls before. It is written to in place: AOTAutograd keeps that in the graph of the backward."""
-    scale = numbers[2]
     with torch.no_grad():
-        history.copy_(entered(history, numbers[2:3], numbers[3:], largest(g).reshape(1), highest(how.gradient)))
-    return cast(g, scale, how.gradient, True), (1 / scale).reshape(1, 1)
+        history.copy_(entered(history, numbers[row, 2:3], numbers[row, 3:4], largest(g).reshape(1), highest(how.gradient)))
+    return cast(g, numbers[row, 2], how.gradient, True), _back(numbers, row, 2)
 
 
-def _times(a: Tensor, a_back: Tensor, b: Tensor, b_back: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+def _times(a: Tensor, a_back: Tensor, b: Tensor, b_back: Tensor, g: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     """a (M, K) times b (K, N), whose scale is along N."""
-    return target("fp8_product")(a, a_back, b.t().contiguous(), b_back.reshape(-1, 1), dtype, fast)  # type: ignore[no-any-return]
+    return target("fp8_product")(a, a_back, target("fp8_transpose")(b, g), b_back.reshape(-1, 1), dtype, fast)  # type: ignore[no-any-return]
 
 
 OP = Op(
@@ -222,4 +257,4 @@ def kernel_for(device: torch.device, dtype: torch.dtype, n: int, k: int) -> str 
     return kernel.name
 
 
-__all__ = ["OP", "PRODUCT", "SCALINGS", "Scaling", "backward", "kernel_for", "library"]
+__all__ = ["OP", "PRODUCT", "SCALINGS", "TRANSPOSE", "Scaling", "backward", "kernel_for"]

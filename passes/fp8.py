@@ -14,7 +14,7 @@ from qcompile import compat
 from qcompile.core.errors import OptionError, Skip, unknown
 from qcompile.core.recipe import KEEP, Choice, Recipe
 from qcompile.core.scheme import Scheme
-from qcompile.kernels.fp8_history import E4M3
+from qcompile.kernels.fp8_history import E4M3, NUMBERS
 from qcompile.kernels.fp8_linear import SCALINGS, kernel_for
 from qcompile.kernels.op import target
 
@@ -61,7 +61,7 @@ class _Builder:
         last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
         with self.gm.graph.inserting_after(last):
             numbers = self.gm.graph.call_function(target("fp8_scales"), (self._held["fp8_forward"], self._held["fp8_backward"], self.settings["margin"], self.settings["reduce"]))
-        numbers.meta |= {"example_value": example(self._held["fp8_forward"]).new_empty((len(self.rows), 4)), **compat.saved_mark()}
+        numbers.meta |= {"example_value": example(self._held["fp8_forward"]).new_empty((len(self.rows), NUMBERS)), **compat.saved_mark()}
         self._numbers = [numbers]
 
     def replace(self, node: fx.Node, site: Site) -> None:
@@ -75,7 +75,7 @@ class _Builder:
         with graph.inserting_before(node):
             history = [self._held["fp8_backward"]] if self._held else []
             op = graph.call_function(target("fp8_linear"), (self._cast(x, value.dtype), weight, self._numbers, history, row, first, self.how))
-            op.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+            op.meta = {**compat.saved_mark(), **{k: v for k, v in node.meta.items() if k != "example_value"}}  # a checkpointed body computes its codes again, nobody else does
             out = self._part(op, 0, value)
             if self._held:
                 self._amax[row] = self._part(op, 5, value.new_empty(2, dtype=torch.float32))

@@ -25,9 +25,11 @@ from qcompile.compat_ir import (  # noqa: F401  (one door for all that is privat
     lower_template,
     lowered,
     register_lowering,
+    scaled_mm,
     sizes,
     static_int,
     sum_first,
+    transposed,
 )  # fmt: skip
 
 # --- Inductor: compiling ---------------------------------------------------------------------------------------------
