@@ -23,8 +23,9 @@ from .op import Op
 
 SCALE, OVERFLOWS, POSITION, RING = range(4)
 """Columns of a row of state; the ring is the last column and all behind it."""
-NUMBERS = 7
-"""Columns of what ``fp8_scales`` gives: scales of the input, the weight and the gradient, the place in the rings, and the three reciprocals."""
+NUMBERS, BACK = 16, 4
+"""Columns of what ``fp8_scales`` gives: scales of the input, the weight and the gradient, the place in the rings, and from column BACK on their reciprocals, each at the head of four, for the
+library reads a scale where 16 bytes begin."""
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -56,7 +57,8 @@ def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: boo
     hi = torch.where(torch.arange(3, device=forward.device) < 2, highest(E4M3), highest(E5M2))
     scale = torch.where(largest > 0, hi / largest.clamp(min=TINY) * 2.0**-margin, both[..., SCALE])
     position = torch.remainder(forward[:, :1, POSITION] + 1, forward.shape[-1] - RING)
-    return torch.cat([scale, position, 1 / scale], 1)
+    back = torch.where(torch.arange(BACK, device=forward.device) == 0, (1 / scale)[..., None], 0.0)
+    return torch.cat([scale, position, back.flatten(1)], 1)
 
 
 def scales_fake(forward: Tensor, backward: Tensor, margin: int, reduce: bool) -> Tensor:

@@ -31,7 +31,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.ranges import TINY
 from qcompile.core.scheme import Scheme
 
-from .fp8_history import E4M3, E5M2, entered, highest
+from .fp8_history import BACK, E4M3, E5M2, entered, highest
 from .op import Case, Kernel, Op, target, two_dimensional
 
 STEP = 16
@@ -183,7 +183,7 @@ def reference(x: Tensor, weight: Tensor, numbers: Sequence[Tensor], history: Seq
 
 def _back(numbers: Tensor, row: int, role: int) -> Tensor:
     """What multiplies codes back, (1, 1): a view of the numbers."""
-    return numbers[row, 4 + role].reshape(1, 1)
+    return numbers[row, BACK + BACK * role].reshape(1, 1)
 
 
 def fake(x: Tensor, weight: Tensor, numbers: Sequence[Tensor], history: Sequence[Tensor], row: int, first: int, scaling: str) -> Parts:

@@ -7,7 +7,7 @@ import torch
 
 from qcompile import compat
 from qcompile.kernels import OPS
-from qcompile.kernels.fp8_history import E4M3, E5M2, NUMBERS, OVERFLOWS, POSITION, RING, SCALE, entered, scales_reference
+from qcompile.kernels.fp8_history import BACK, E4M3, E5M2, NUMBERS, OVERFLOWS, POSITION, RING, SCALE, entered, scales_reference
 from qcompile.kernels.fp8_linear import SCALINGS, cast, kernel_for, largest
 from qcompile.kernels.op import decompositions, target
 
@@ -18,7 +18,7 @@ HI = {E4M3: 448.0, E5M2: 57344.0}
 def history(x, w, g=2.0**-4):
     """(numbers, state of gradients) of one linear whose scales are those of its operands."""
     scale = torch.tensor([448 / float(x.abs().max()), 448 / float(w.abs().max()), 57344 / g])
-    numbers = torch.cat([scale, torch.zeros(1), 1 / scale])[None]
+    numbers = torch.cat([scale, torch.zeros(1), torch.nn.functional.pad((1 / scale)[:, None], (0, BACK - 1)).flatten()])[None]
     assert numbers.shape == (1, NUMBERS)
     return [numbers], [torch.zeros(1, 1, RING + 3)]
 
@@ -158,7 +158,7 @@ def test_scales_follow_the_rule(length, margin):
     special = {3: float("inf"), 5: float("nan"), 7: 0.0, 8: 0.0, 9: 0.0, 10: 0.0, 11: 1e5}
     for call in range(14):
         numbers = scales_reference(forward, backward, margin, True)
-        assert torch.equal(numbers[:, 4:], 1 / numbers[:, :3]) and int(numbers[0, 3]) == (call + 1) % length
+        assert torch.equal(numbers[:, BACK::BACK], 1 / numbers[:, :3]) and int(numbers[0, 3]) == (call + 1) % length
         amax = torch.rand(2, 3) * 10 + 0.1
         amax[1] = special.get(call, amax[1, 0])
         for row, mine in enumerate(plain):
