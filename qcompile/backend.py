@@ -35,7 +35,7 @@ from qcompile.options import PIPELINE, Options
 from qcompile.passes import PASSES, TRAININGS, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
-from qcompile.passes.match import plan_of, signature
+from qcompile.passes.match import Plan, plan_of, signature
 from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.settle import settle
@@ -251,11 +251,15 @@ class CompiledGraph:
         sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
         gm.meta["sites"] = sites
         used: set[int] = set()
-        gm.meta["plan"] = plan_of(sites, self.options.recipe, used)
+        gm.meta["plan"] = self._kept_out(sites, plan_of(sites, self.options.recipe, used))
         self.unused -= {self.options.recipe.rules[i].pattern for i in used}
         _, choices = self.calibrate(gm, args)
         gm.meta["plan"] = {**gm.meta["plan"], **choices}
         return signature(gm)
+
+    def _kept_out(self, sites: Mapping[str, Site], plan: Plan) -> Plan:
+        """The plan less what this kind of graph leaves alone."""
+        return plan
 
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))

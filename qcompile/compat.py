@@ -25,9 +25,11 @@ from qcompile.compat_ir import (  # noqa: F401  (one door for all that is privat
     lower_template,
     lowered,
     register_lowering,
+    scaled_mm,
     sizes,
     static_int,
     sum_first,
+    transposed,
 )  # fmt: skip
 
 # --- Inductor: compiling ---------------------------------------------------------------------------------------------
@@ -119,6 +121,13 @@ def recompute_mark(number: int) -> dict[str, Any]:
     from torch.utils.checkpoint import CheckpointPolicy
 
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+
+
+def saved_mark() -> dict[str, Any]:
+    """What a node carries whose value AOTAutograd keeps for the backward, and never computes again from inputs that may have changed meanwhile."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.MUST_SAVE}
 
 
 def force_stride_order() -> Any:

@@ -41,6 +41,12 @@ def parameters(fast: Any) -> list[nn.Parameter]:
     return [p for _, p in named_parameters(fast)]
 
 
+def overflows(fast: Any) -> dict[str, dict[str, int]]:
+    """Name of a weight -> role ("input", "weight", "gradient") -> calls in which FP8 training with delayed scaling met values beyond its scale, inf or NaN; what met none is left out."""
+    found = {name: {role: n for role, n in STATE.overflows(p).items() if n} for name, p in _module(fast).named_parameters()}
+    return {name.replace("_orig_mod.", ""): counts for name, counts in found.items() if counts}
+
+
 def state_dict(fast: Any) -> dict[str, Tensor]:
     """Name -> tensor of all that training keeps beside the model (learned numbers, ranges, histories), to be saved beside ``model.state_dict()``."""
     return _state(_module(fast))
@@ -56,4 +62,4 @@ def repaired(fast: Any) -> dict[str, int]:
     return STATE.repaired(_module(fast))
 
 
-__all__ = ["load_state_dict", "named_parameters", "parameters", "repaired", "state_dict"]
+__all__ = ["load_state_dict", "named_parameters", "overflows", "parameters", "repaired", "state_dict"]
