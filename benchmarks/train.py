@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from train_lm import part, perplexity, read_stdlib, tokens_of
 
@@ -92,11 +92,13 @@ class Experiment:
         self.model, self.tokenizer = stdlib_lm()
         self.model.to(args.device)
         corpus = read_stdlib(Path(args.stdlib))
+        print(f"{time.perf_counter() - args.began:.0f} s: the corpus is read", flush=True)
         texts = [text for name, text in sorted(corpus.items()) if part(name) == "train"]
         self.data = tokens_of(self.tokenizer, texts[: args.files] if args.files else texts, args.device)
         held = self.tokenizer((STDLIB_LM / "heldout.txt").read_text("utf-8"), return_tensors="pt").input_ids[0].to(args.device)
         self.held = held[: args.windows * 1024] if args.windows else held
         self.fp32 = self.judge(self.model)
+        print(f"{time.perf_counter() - args.began:.0f} s: {len(self.data):,} tokens to train on, {len(self.held):,} held out, perplexity of fp32 {self.fp32:.3f}", flush=True)
 
     def judge(self, model: nn.Module) -> float:
         """Held-out perplexity."""
@@ -112,7 +114,7 @@ class Experiment:
 
     def rounded(self, case: Case) -> Row:
         """Rounding to nearest, no training."""
-        fast = torch.compile(copy.deepcopy(self.model), backend="qcompile", options=case.options)
+        fast = torch.compile(copy.deepcopy(self.model), backend="qcompile", options={**case.options, "lower": "eager"})
         return Row(case.name, "PTQ", self.judge(fast), fp32=self.fp32)
 
     def trained(self, case: Case, method: str, before: float) -> Row:
@@ -154,7 +156,7 @@ class Experiment:
         recipe = options.pop("recipe", None)
         weight_only = {"input": "16bit"} if recipe is None and "input" not in options else {}
         qcompile.quantize(model, recipe or "W8A8", [{"input_ids": self.held[None, :64], "use_cache": False}], progress=False, **options, **weight_only)
-        return self.judge(torch.compile(model, backend="qcompile"))
+        return self.judge(torch.compile(model, backend="qcompile", options={"lower": "eager"}))
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -213,8 +215,19 @@ def arguments() -> argparse.Namespace:
     return cli.parse_args()
 
 
+def save(experiment: Experiment, rows: Sequence[Row]) -> None:
+    """Write what is known so far, and its picture."""
+    args = experiment.args
+    about = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "torch": torch.__version__, "python": sys.version.split()[0]}
+    settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "seed", "windows")} | {"train_tokens": len(experiment.data)}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"about": about, "settings": settings, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    plot(rows, args.json.with_suffix(".png"))
+
+
 def main() -> int:
-    args, console = arguments(), Console()
+    args, console = arguments(), Console(width=140)
+    args.began = time.perf_counter()
     if args.plot:
         rows = [Row(**row) for row in json.loads(args.plot.read_text())["rows"]]
         show(rows, console)
@@ -231,14 +244,10 @@ def main() -> int:
             rows.append(row)
             if abs(row.converted / row.perplexity - 1) > 1e-3:
                 wrong.append(f"{name} {method}: {row.perplexity} as trained, {row.converted} as converted")
-            print(json.dumps(asdict(row)), flush=True)
+            print(f"{time.perf_counter() - args.began:.0f} s: {json.dumps(asdict(row))}", flush=True)
+            if args.json:
+                save(experiment, rows)
     show(rows, console)
-    about = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "torch": torch.__version__, "python": sys.version.split()[0]}
-    settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "seed", "windows")} | {"train_tokens": len(experiment.data)}
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"about": about, "settings": settings, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
-        plot(rows, args.json.with_suffix(".png"))
     for line in wrong:
         print(f"WRONG {line}")
     return 1 if wrong else 0

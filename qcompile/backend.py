@@ -51,19 +51,22 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     remember_code(example_inputs)
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
+    kind: type[CompiledGraph] = CompiledGraph
     if _training(example_inputs):
         if opts.train is not None:
             from qcompile.train.graph import TrainingGraph
+            from qcompile.train.lora import FrozenGraph
 
-            return TrainingGraph(gm, example_inputs, opts)
-        if any(map(is_released, example_inputs)):
-            raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
-        _warn_once("training", f"qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad(); to train quantized, take the option 'train' ({', '.join(TRAININGS)}).")
-        return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
+            kind = FrozenGraph if opts.recipe.frozen else TrainingGraph
+        elif any(map(is_released, example_inputs)):
+            raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), train adapters beside them with the option 'train': 'lora', or load its weights again to train it")
+        else:
+            _warn_once("training", f"qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad(); to train quantized, take the option 'train' ({', '.join(TRAININGS)}).")
+            return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
     records = [TABLE.get(a) for a in example_inputs if isinstance(a, nn.Parameter)]  # looked at, not asked: is_released may collapse one anew, which Dynamo's guards would see
     if (opts.release or any(r is not None and r.released is not None for r in records)) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
         _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
-    return CompiledGraph(gm, example_inputs, opts)
+    return kind(gm, example_inputs, opts)
 
 
 class CompiledGraph:
@@ -179,7 +182,8 @@ class CompiledGraph:
                 continue
             value = inputs[param.index]
             if is_released(value):
-                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph reads it; load the weights again, or compile with the recipe that packed it")
+                how = "freeze it again (requires_grad_(False)), or give it a value with qcompile.restore_weights(model) to train it" if param.trained else "load the weights again, or compile with the recipe that packed it"
+                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph {'trains' if param.trained else 'reads'} it; {how}")
             if value.dim() > 1:
                 TABLE.record(value, param.path).pinned.add("a compiled graph reads it in 16 bits")
 
@@ -235,7 +239,8 @@ class CompiledGraph:
                 self._bindings.pop(key, None)
 
             self._ready(args)
-            binding = Binding(parameters, self._fetch, forget)
+            packed = {arg for slot in self.slots for arg in slot.args}
+            binding = Binding(parameters, self._fetch, forget, [i for i, arg in enumerate(self._weights) if arg in packed])
             binding.get(parameters)
             self._bindings[key] = binding
         return self

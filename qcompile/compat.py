@@ -96,6 +96,19 @@ def graph_pass(fn: Callable[[fx.Graph], None], key: bytes) -> Any:
     return Pass()
 
 
+def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    """``fn(*args)`` on tensors without values as a graph of ATen ops, decomposed as Inductor decomposes; outside any autocast."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    device = next(a.device.type for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor))
+    with torch.no_grad(), torch.autocast(device, enabled=False), fake_mode(torch.utils._pytree.tree_leaves(args)), enable_python_dispatcher():
+        gm: fx.GraphModule = make_fx(fn, select_decomp_table(), tracing_mode="real")(*args)
+    gm.graph.eliminate_dead_code()  # what decompositions tried and did not take
+    return gm
+
+
 def checkpoint_op() -> Any:
     """The op that holds a checkpointed body in a graph of Dynamo's."""
     from torch._higher_order_ops.wrap import tag_activation_checkpoint

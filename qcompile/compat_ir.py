@@ -139,7 +139,7 @@ def transposed(x: Any) -> Any:
     rows, columns = x.get_size()
     out: Any = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=lambda index: load((index[1], index[0])), ranges=[columns, rows])
     out.realize()
-    out = ir.ExternKernel.require_contiguous(out)
+    out = ir.ExternKernel.require_contiguous(out)  # type: ignore[assignment]
     V.graph.no_fuse_buffer_names.add(out.get_name())
     done[name] = out
     return out

@@ -286,11 +286,11 @@ def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:
 
 
 class Binding:
-    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in. Parameters are held weakly."""
+    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in: of those at the places ``read``. Parameters are held weakly."""
 
-    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None], read: Sequence[int]) -> None:
         self._refs = [weakref.ref(p, lambda _: on_death()) for p in parameters]
-        self._fetch = fetch
+        self._fetch, self._read = fetch, read
         self._inference = any(p.is_inference() for p in parameters)
         self.tensors: list[Tensor] = []
         self._state: object = None
@@ -304,8 +304,9 @@ class Binding:
         return self.tensors
 
     def _now(self, parameters: Sequence[Tensor]) -> object:
-        versions = [] if self._inference else [p._version for p in parameters]
-        return versions, [p.data_ptr() for p in parameters], GENERATION[0]
+        read = [parameters[i] for i in self._read]  # not adapters, which an optimizer moves on every step
+        versions = [] if self._inference else [p._version for p in read]
+        return versions, [p.data_ptr() for p in read], GENERATION[0]
 
 
 def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, str]]:

@@ -32,7 +32,7 @@ def named_parameters(fast: Any) -> list[tuple[str, nn.Parameter]]:
     module = _module(fast)
     found = list(STATE.named(module))
     if not STATE.knows(module):
-        raise OptionError("nothing is learned for this model yet: call it once under grad mode, fast(**batch), then give qcompile.parameters(fast) to the optimizer")
+        raise OptionError("nothing is learned for this model yet: call it once under grad mode, fast(**batch), then give qcompile.parameters(fast) to the optimizer. (train='lora' learns nothing beside the model: give the optimizer the model's parameters that require grad)")
     return [(name, p) for name, p in found if isinstance(p, nn.Parameter)]
 
 
