@@ -106,10 +106,19 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
         lambda: _grouped("nf4.g32/int8.row", False),
         lambda: (*rows("int8.row", 5, 96), torch.tensor([2, 2, 4], dtype=torch.int32), weight("int8.row", 3, 24, 96), "int8.row @ int8.row", False),
     ],
+    "fp8_linear": [
+        lambda: (torch.randn(2, 3, 40), torch.randn(24, 40), [], [], 0, 0, "tensor"),
+        lambda: (torch.randn(5, 40), torch.randn(24, 40), [], [], 0, 0, "row"),
+        lambda: (torch.randn(5, 40), torch.randn(24, 40), [torch.ones(2, 16)], [torch.zeros(2, 1, 7)], 1, 0, "delayed"),
+    ],
+    "fp8_product": [lambda: (torch.randn(5, 40).to(torch.float8_e5m2), torch.rand(5, 1), torch.randn(24, 40).to(torch.float8_e4m3fn), torch.rand(24, 1), torch.float32, True)],
+    "fp8_transpose": [lambda: (torch.randn(5, 40).to(torch.float8_e4m3fn), torch.randn(5, 24))],
+    "fp8_scales": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 1, 7), 1, True)],
+    "fp8_record": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 16), list(torch.rand(3, 2)))],
 }  # fmt: skip
 EACH = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
 each = pytest.mark.parametrize(("name", "make"), EACH)
-each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] != "attention"])
+each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] not in ("attention", "fp8_product", "fp8_transpose")])
 each_simplified = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].simplify is not None])
 each_traced = pytest.mark.parametrize(("name", "make"), [p for p in EACH if p.values[0] != "grouped_linear"])  # that reference reads its index: no trace knows it
 
@@ -195,7 +204,7 @@ def test_aot_eager(name, make):
 
     def fn(*given: Any) -> Any:
         out = op(*given)
-        return [t.float() + 1 for t in out] if isinstance(out, list) else out.float() * 2
+        return [t.float() + 1 for t in out] if isinstance(out, (list, tuple)) else out.float() * 2
 
     dynamic = make is not SAMPLES[name][0]
     close(torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*args), fn(*args))
