@@ -161,6 +161,13 @@ def fake_mode(inputs: Sequence[Any]) -> Any:
     return detect_fake_mode(inputs) or FakeTensorMode(shape_env=ShapeEnv())
 
 
+def is_fake(x: Any) -> bool:
+    """Whether something is a tensor without values, as tracing makes them."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that owns its graph, its code generated when it is called (as Dynamo's own). Dynamo reads its own placeholders again after a backend returns, so its graph is never edited."""
     graph, seen = fx.Graph(), {}  # type: ignore[var-annotated]
@@ -204,8 +211,23 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
 
 
+_COMPILING_FOR: list[Any] = []
+
+
+@contextlib.contextmanager
+def compiling_for(code: Any) -> Iterator[None]:
+    """Inside, ``compiling`` gives this code object: what is compiled now was captured from it earlier."""
+    _COMPILING_FOR.append(code)
+    try:
+        yield
+    finally:
+        _COMPILING_FOR.pop()
+
+
 def compiling() -> Any:
     """The code object that Dynamo compiles at this moment: not always a function of the model, for torch's own modules run through a wrapper. None where it does not say."""
+    if _COMPILING_FOR:
+        return _COMPILING_FOR[-1]
     with contextlib.suppress(AttributeError):
         return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_code
     return None
