@@ -27,6 +27,7 @@ from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.recipe import Choice
 from qcompile.dumps import dump, trace_plan
 from qcompile.fill import tensors_of
+from qcompile.gathered import REASON, watch
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.later import Later
@@ -237,6 +238,8 @@ class CompiledGraph:
             def forget() -> None:
                 self._bindings.pop(key, None)
 
+            for p in watch(parameters):
+                TABLE.record(p).pinned.add(REASON)
             self._ready(args)
             binding = Binding(parameters, self._fetch, forget)
             binding.get(parameters)

@@ -146,6 +146,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def gathered() -> dict[int, Any]:
+    """id of a whole parameter -> the object by which FSDP2 gathers it from its shards, for all that are alive; empty where FSDP2 is not used."""
+    import gc
+    import sys
+
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if module is None:
+        return {}
+    return {id(o._unsharded_param): o for o in gc.get_objects() if type(o) is module.FSDPParam and hasattr(o, "_unsharded_param")}
+
+
+def shard_of(source: Any) -> torch.Tensor:
+    """The parameter, a DTensor, that lies on this process and that optimizers step."""
+    shard: torch.Tensor = source.sharded_param
+    return shard
+
+
+def shard_state(source: Any) -> tuple[object, ...]:
+    """What changes when a shard was replaced or written to in place: through the DTensor, or its local part."""
+    shard = source.sharded_param
+    return id(shard), shard._version, source._sharded_param_data._version, source._sharded_param_data.data_ptr()
+
+
 # --- Dynamo: what comes with a captured graph --------------------------------------------------------------------------
 
 
