@@ -8,6 +8,7 @@ from qcompile.core.recipe import RECIPES, Recipe, Rule, find_recipe
 from qcompile.core.scheme import Scheme
 from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights
+from qcompile.options import set_defaults
 from qcompile.quantize import quantize
 from qcompile.report import Report
 from qcompile.sensitivity import Sensitivity, sensitivity
@@ -39,4 +40,5 @@ __all__ = [
     "refresh",
     "release_weights",
     "sensitivity",
+    "set_defaults",
 ]
