@@ -166,7 +166,8 @@ def shard_of(source: Any) -> torch.Tensor:
 def shard_state(source: Any) -> tuple[object, ...]:
     """What changes when a shard was replaced or written to in place: through the DTensor, or its local part."""
     shard = source.sharded_param
-    return id(shard), shard._version, source._sharded_param_data._version, source._sharded_param_data.data_ptr()
+    local = shard._local_tensor
+    return id(shard), shard._version, local._version, local.data_ptr()
 
 
 # --- Dynamo: what comes with a captured graph --------------------------------------------------------------------------
