@@ -33,12 +33,12 @@ def reference(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Seque
     sx, sw = parse(scheme)
     y = x.float() if sx is None else scaled_linear.values(x, x_scale, sx)
     out = torch.zeros((x.shape[0], weight[0].shape[-2]), dtype=torch.float32, device=x.device)
-    for expert, rows in _rows(index, by_row, weight[0].shape[0]):
+    for expert, rows in rows_by_expert(index, by_row, weight[0].shape[0]):
         out[rows] = y[rows] @ dequantize(QTensor.unflatten([t[expert] for t in weight], sw, x.shape[-1])).T
     return out
 
 
-def _rows(index: Tensor, by_row: bool, experts: int) -> list[tuple[int, Any]]:
+def rows_by_expert(index: Tensor, by_row: bool, experts: int) -> list[tuple[int, Any]]:
     """(expert, its rows) for each expert with rows."""
     if by_row:
         return [(e, (index == e).nonzero().flatten()) for e in sorted(set(index.tolist())) if 0 <= e < experts]
@@ -158,7 +158,7 @@ def cpu_grouped(x: Tensor, x_scale: Sequence[Tensor], index: Tensor, weight: Seq
     """The C++ kernels, one call for each expert that has rows."""
     sx, sw = parse(scheme)
     out = torch.zeros((x.shape[0], weight[0].shape[-2]), dtype=torch.float32)
-    for expert, rows in _rows(index, by_row, weight[0].shape[0]):
+    for expert, rows in rows_by_expert(index, by_row, weight[0].shape[0]):
         own = [t[expert] for t in weight]
         out[rows] = cpu.weight_only(x[rows], own, sw) if sx is None else cpu.integer(x[rows], x_scale[0] if x_scale[0].numel() == 1 else x_scale[0][rows], own, sw)
     return out

@@ -72,6 +72,8 @@ class Op:
     """``lower`` for cases that no kernel supports, where the reference cannot be traced: it reads values, such as how many rows each expert has."""
     gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     """(backward, setup_context) as ``torch.library.register_autograd`` takes them, of an op that training graphs hold."""
+    late: bool = False
+    """AOTAutograd keeps the op whole, and with it in the half of a training graph that needs it; its reference is written out behind that (``passes/late.py``)."""
 
     def choose(self, case: Any) -> tuple[Kernel | None, Skip | None]:
         """The first kernel for the case, or None with the reason of the last refusal."""
@@ -85,6 +87,8 @@ class Op:
 
     def decompose(self, *args: Any) -> Any:
         """What AOTAutograd traces in the op's place; NotImplemented keeps the op for its lowering."""
+        if self.late:
+            return NotImplemented
         if self.simplify is not None and (out := self.simplify(*args)) is not NotImplemented:
             return out
         kernel = self.choose(self.case(*args))[0] if self.case is not None else None
@@ -111,7 +115,7 @@ def install(ops: Mapping[str, Op]) -> None:
         torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIBRARY)
         if op.gradient is not None:
             torch.library.register_autograd(f"{NAMESPACE}::{op.name}", op.gradient[0], setup_context=op.gradient[1], lib=_LIBRARY)
-        if op.kernels:
+        if op.kernels or op.fallback is not None:
             compat.register_lowering(target(op.name), functools.partial(_lower, op))
 
 
@@ -133,9 +137,8 @@ def decompositions(ops: Mapping[str, Op]) -> dict[Any, Callable[..., Any]]:
 
 
 def _lower(op: Op, *args: Any) -> Any:
-    assert op.case is not None
-    case = op.case(*args)
-    kernel, reason = op.choose(case)
+    case = op.case(*args) if op.case is not None else None
+    kernel, reason = op.choose(case) if case is not None else (None, None)
     if kernel is None and op.fallback is not None:
         return op.fallback(case, *args)
     if kernel is None or kernel.lower is None:  # decompose() keeps an op only where a kernel supports it

@@ -11,7 +11,7 @@ The folder fills itself only under its full name (see ``kernels/__init__.py`` fo
 """
 
 if __name__ == "qcompile.passes":
-    from . import adaround, aqas, awq, fake_quant, gptq, lloyd_max, rtn, sequential_mse, smooth
+    from . import adaround, aqas, awq, fake_quant, fp8, frozen, gptq, lloyd_max, rtn, sequential_mse, smooth
     from .attend import attend
     from .checkpoints import checkpoints
     from .find_sites import find_sites
@@ -29,5 +29,5 @@ if __name__ == "qcompile.passes":
     PASSES: dict[str, Pass] = {p.name: p for p in (checkpoints, normalize, find_sites, match, observe, transform, merge, attend, lower, glu)}
     TRANSFORMS: dict[str, Transform] = {t.name: t for t in (smooth.TRANSFORM, awq.TRANSFORM, aqas.TRANSFORM)}
     SOLVERS: dict[str, Solver] = {s.name: s for s in (rtn.SOLVER, gptq.SOLVER, adaround.SOLVER, sequential_mse.SOLVER, lloyd_max.SOLVER)}
-    TRAININGS: dict[str, Training] = {t.name: t for t in (fake_quant.TRAINING,)}
+    TRAININGS: dict[str, Training] = {t.name: t for t in (fake_quant.TRAINING, fp8.TRAINING, frozen.TRAINING)}
     __all__ = ["PASSES", "SOLVERS", "TRAININGS", "TRANSFORMS", "Pass"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .late import late
 from .library import library
 from .narrow import is_product, narrow
 
@@ -21,7 +22,8 @@ OURS = ("linear", "scaled_linear", "linear_glu")
 
 
 def flatten(graph: fx.Graph) -> None:
-    """Rewrite in place; the graph is left as it was where nothing applies. Then, with casts right behind their products, ``library`` and ``narrow``."""
+    """Rewrite in place; the graph is left as it was where nothing applies. ``late`` comes before it; then, with casts right behind their products, ``library`` and ``narrow``."""
+    late(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in RESHAPES and is_product(node.args[0], OURS):
             _sink(graph, node)

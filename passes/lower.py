@@ -29,19 +29,19 @@ from .slots import leader, slot_inputs, slot_of, slots_of
 @graph_pass(after=("match",))
 def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip)."""
-    builder = _Builder(gm, context)
+    builder = Builder(gm, context)
     for node in list(gm.graph.nodes):
         choice = gm.meta["plan"].get(node.meta.get("site", ""))
         if isinstance(choice, Choice):
             builder.rewrite(node, gm.meta["sites"][node.meta["site"]], choice)
-    _erase_unused_views(gm.graph)
+    erase_unused_views(gm.graph)
     gm.meta["slots"] = slots_of(gm)
     gm.meta["kernels"] = builder.kernels
     gm.meta["note"] = f"{len(builder.kernels)} linears lowered, {sum(isinstance(k, Skip) for k in builder.kernels.values())} without a kernel"
     return gm
 
 
-class _Builder:
+class Builder:
     """The state of one lowering: placeholders made so far, quantized inputs made so far."""
 
     def __init__(self, gm: fx.GraphModule, context: Any) -> None:
@@ -160,17 +160,21 @@ class _Builder:
             flat = graph.call_method("squeeze", (x, axis))
             flat.meta["example_value"] = example(x).squeeze(axis)
             x = flat
-        codes, scale = x, []
-        if choice.input is not None:
-            codes, *scale = self._quantize(graph, x, site, choice)
-        scheme = str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
-        y = graph.call_function(target("grouped_linear"), (codes, scale, index, weight, scheme, product.form in ("weight_first", "rows_first")))
+        y = self._experts(graph, x, index, site, choice, weight, product.form in ("weight_first", "rows_first"))
         out = self._to(graph, y, example(node).dtype)
         if product.form == "dense":
             out = graph.call_method("unflatten", (out, 0, (site.experts, -1)))
         elif product.form != "sorted":
             out = graph.call_method("unsqueeze", (out, -1 if product.form == "weight_first" else 1))
         return y, out
+
+    def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node | None, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
+        """(S, N) float32."""
+        codes, scale = x, []
+        if choice.input is not None:
+            codes, *scale = self._quantize(graph, x, site, choice)
+        scheme = str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
+        return graph.call_function(target("grouped_linear"), (codes, scale, index, weight, scheme, by_row))
 
     def _to(self, graph: fx.Graph, y: fx.Node, dtype: torch.dtype) -> fx.Node:
         return y if dtype == torch.float32 else graph.call_method("to", (y, dtype))
@@ -209,7 +213,7 @@ def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:
     return reason
 
 
-def _erase_unused_views(graph: fx.Graph) -> None:
+def erase_unused_views(graph: fx.Graph) -> None:
     """Transposes and casts of weights that nothing reads any more. Not ``eliminate_dead_code``: on a torch-level graph that would drop in-place calls whose result is unused."""
     for node in reversed(graph.nodes):
         if node.users or node.op not in ("call_method", "call_function") or not (node.target in CASTS | {"flatten", operator.getitem} or is_transpose(node)):

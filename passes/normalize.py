@@ -19,6 +19,7 @@ from torch import fx
 from qcompile.core.errors import Skip
 
 from . import attention, experts
+from .checkpoints import write_out
 from .infra import graph_pass, target_name
 from .sites import CASTS, LeftAlone, example, is_transpose, rows
 
@@ -52,6 +53,7 @@ WHY = {"_transformer_encoder_layer_fwd": ENCODER, "_native_multi_head_attention"
 @graph_pass()
 def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite what can be; list the other matrix products with parameters in ``gm.meta["skipped"]``."""
+    write_out(gm, marked=False)  # a model in training mode checkpoints under no_grad, too
     skipped: list[LeftAlone] = list(gm.meta.get("skipped", []))
     for node in list(gm.graph.nodes):
         if node.op not in ("call_function", "call_method"):

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qcompile.core.errors import OptionError
-from qcompile.core.recipe import Method, Recipe
+from qcompile.core.errors import OptionError, Skip
+from qcompile.core.recipe import DEFAULT, Choice, Method, Recipe
 
 from .infra import Pass
+from .sites import Site
 
 
 @dataclass(frozen=True)
 class Training:
     """One row. ``insert`` is the pass; ``arguments`` name -> (default, what it is); ``check(recipe, settings)`` raises OptionError for what cannot be trained.
-    ``frozen``: only weights that do not require grad get a scheme, also at inference."""
+    ``frozen``: only weights that do not require grad get a scheme, also at inference. ``recipe``: what stands where none is named. ``keeps(site, choice)``: why a site trains in 16 bits all the same."""
 
     name: str
     insert: Pass
@@ -23,6 +24,8 @@ class Training:
     check: Callable[[Recipe, Mapping[str, Any]], None] = lambda recipe, settings: None
     frozen: bool = False
     doc: str = ""
+    recipe: str = DEFAULT
+    keeps: Callable[[Site, Choice], Skip | None] = lambda site, choice: None
 
     def settings(self, method: Method) -> dict[str, Any]:
         """All arguments of a spelling, defaults filled in. Raises OptionError for one that does not exist, or is of another type than its default."""

@@ -7,7 +7,7 @@ from qcompile.core.formats import FORMATS, Format
 from qcompile.core.recipe import RECIPES, Recipe, Rule, find_recipe
 from qcompile.core.scheme import Scheme
 from qcompile.measure import explain
-from qcompile.memory import refresh, release_weights
+from qcompile.memory import refresh, release_weights, restore_weights
 from qcompile.options import set_defaults
 from qcompile.quantize import quantize
 from qcompile.report import Report
@@ -39,6 +39,7 @@ __all__ = [
     "quantize",
     "refresh",
     "release_weights",
+    "restore_weights",
     "sensitivity",
     "set_defaults",
 ]

@@ -1,4 +1,4 @@
-"""``python -m qcompile recipes|formats|kernels|methods``: the tables, as Markdown."""
+"""``python -m qcompile recipes|formats|kernels|methods|training``: the tables, as Markdown."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from qcompile.core.estimators import ESTIMATORS
 from qcompile.core.formats import FORMATS, LEARNED
 from qcompile.core.ranges import RANGES
 from qcompile.core.recipe import RECIPES, Choice, Method
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import OPS
 from qcompile.kernels.op import Case
-from qcompile.passes import SOLVERS, TRANSFORMS, outliers
+from qcompile.passes import SOLVERS, TRAININGS, TRANSFORMS, outliers
 from qcompile.solve import SETTINGS, check, first_needs, then_needs
 
 CITED = re.compile(r"[A-Z]\w+ et al\. \d{4}(?: \(arXiv [\d.]+\))?|(?:(?<=: )|(?<=\())[A-Z]\w+ \d{4}|AIMET|llm-compressor")
@@ -101,7 +102,14 @@ def sources(docstring: str) -> str:
     return "; ".join(found.values())
 
 
-TABLES: dict[str, Callable[[], str]] = {"recipes": recipes, "formats": formats, "kernels": kernels, "methods": methods}
+def training() -> str:
+    """What ``options["train"]`` takes: training recipes with their arguments and defaults, and estimators."""
+    rows = [(f"`{t.name}`", ", ".join(f"`{name}={default!r}`" for name, (default, _) in t.arguments.items()), t.doc) for t in TRAININGS.values()]
+    rows += [(f"`{e.name}`", f"learns {e.learns or 'nothing'}", f"estimator of `qat`: {e.doc}") for e in ESTIMATORS.values()]
+    return table(("name", "arguments", "what it is"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"recipes": recipes, "formats": formats, "kernels": kernels, "methods": methods, "training": training}
 
 
 def main() -> None:

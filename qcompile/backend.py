@@ -27,7 +27,6 @@ from qcompile.core.errors import QcompileWarning, Skip, StrictError, WeightError
 from qcompile.core.recipe import Choice
 from qcompile.dumps import dump, trace_plan
 from qcompile.fill import tensors_of
-from qcompile.gathered import REASON, watch
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.later import Later
@@ -37,7 +36,7 @@ from qcompile.options import DEFAULTS, PIPELINE, Options
 from qcompile.passes import PASSES, TRAININGS, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
-from qcompile.passes.match import plan_of, signature
+from qcompile.passes.match import Plan, plan_of, signature
 from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.settle import settle
@@ -56,19 +55,22 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     remember_code(example_inputs)
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
+    kind: type[CompiledGraph] = CompiledGraph
     if _training(example_inputs):
         if opts.train is not None:
             from qcompile.train.graph import TrainingGraph
+            from qcompile.train.lora import FrozenGraph
 
-            return TrainingGraph(gm, example_inputs, opts)
-        if any(map(is_released, example_inputs)):
-            raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), or load its weights again to train it")
-        _warn_once("training", f"qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad(); to train quantized, take the option 'train' ({', '.join(TRAININGS)}).")
-        return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
+            kind = FrozenGraph if opts.recipe.frozen else TrainingGraph
+        elif any(map(is_released, example_inputs)):
+            raise WeightError("grad mode is on and weights were released: call the model under torch.no_grad(), train adapters beside them with the option 'train': 'lora', or load its weights again to train it")
+        else:
+            _warn_once("training", f"qcompile: a parameter requires grad and grad mode is on, so the plain graph is compiled, unquantized. For inference call the model under torch.no_grad(); to train quantized, take the option 'train' ({', '.join(TRAININGS)}).")
+            return gm if _no_compiler(example_inputs) else compat.inductor(gm, example_inputs, opts.inductor)
     records = [TABLE.get(a) for a in example_inputs if isinstance(a, nn.Parameter)]  # looked at, not asked: is_released may collapse one anew, which Dynamo's guards would see
     if (opts.release or any(r is not None and r.released is not None for r in records)) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
         _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
-    return CompiledGraph(gm, example_inputs, opts)
+    return kind(gm, example_inputs, opts)
 
 
 class CompiledGraph:
@@ -184,7 +186,8 @@ class CompiledGraph:
                 continue
             value = inputs[param.index]
             if is_released(value):
-                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph reads it; load the weights again, or compile with the recipe that packed it")
+                how = "freeze it again (requires_grad_(False)), or give it a value with qcompile.restore_weights(model) to train it" if param.trained else "load the weights again, or compile with the recipe that packed it"
+                raise WeightError(f"the 16-bit weight of {param.path} was released, but this graph {'trains' if param.trained else 'reads'} it; {how}")
             if value.dim() > 1:
                 TABLE.record(value, param.path).pinned.add("a compiled graph reads it in 16 bits")
 
@@ -239,10 +242,9 @@ class CompiledGraph:
             def forget() -> None:
                 self._bindings.pop(key, None)
 
-            for p in watch(parameters):
-                TABLE.record(p).pinned.add(REASON)
             self._ready(args)
-            binding = Binding(parameters, self._fetch, forget)
+            packed = {arg for slot in self.slots for arg in slot.args}
+            binding = Binding(parameters, self._fetch, forget, [i for i, arg in enumerate(self._weights) if arg in packed])
             binding.get(parameters)
             self._bindings[key] = binding
         return self
@@ -253,11 +255,15 @@ class CompiledGraph:
         sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
         gm.meta["sites"] = sites
         used: set[int] = set()
-        gm.meta["plan"] = plan_of(sites, self.options.recipe, used)
+        gm.meta["plan"] = self._kept_out(sites, plan_of(sites, self.options.recipe, used))
         self.unused -= {self.options.recipe.rules[i].pattern for i in used}
         _, choices = self.calibrate(gm, args)
         gm.meta["plan"] = {**gm.meta["plan"], **choices}
         return signature(gm)
+
+    def _kept_out(self, sites: Mapping[str, Site], plan: Plan) -> Plan:
+        """The plan less what this kind of graph leaves alone."""
+        return plan
 
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))
@@ -289,7 +295,7 @@ class CompiledGraph:
         if found is None:
             captured = renamed(self.captured, args, names)
             log.info("compiling a variant: the plan of these parameters differs from the one compiled for %s", self.signature)
-            found = CompiledGraph(self.captured, list(args), self.options, captured)
+            found = type(self)(self.captured, list(args), self.options, captured)
             self._variants[other, ints] = found
         if not ints:
             self._served[key] = found

@@ -253,7 +253,7 @@ def renamed(captured: fx.GraphModule, args: Sequence[Any], names: Mapping[int, t
         if "param" in node.meta and id(value) in names:
             owner, path, name = names[id(value)]
             kind = node.meta["param"].kind if "stored" in node.meta else type(owner).__name__
-            node.meta["param"] = Param(node.meta["param"].index, stored.plain(path, name), kind)
+            node.meta["param"] = Param(node.meta["param"].index, stored.plain(path, name), kind, trained=node.meta["param"].trained)  # Dynamo guards what requires grad
     return copy
 
 

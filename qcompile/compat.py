@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.compat_dist import all_reduce, gathered, shard_of, shard_state, world_size  # noqa: F401
 from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
     at_most,
     capability,
@@ -25,9 +26,11 @@ from qcompile.compat_ir import (  # noqa: F401  (one door for all that is privat
     lower_template,
     lowered,
     register_lowering,
+    scaled_mm,
     sizes,
     static_int,
     sum_first,
+    transposed,
 )  # fmt: skip
 
 # --- Inductor: compiling ---------------------------------------------------------------------------------------------
@@ -94,6 +97,19 @@ def graph_pass(fn: Callable[[fx.Graph], None], key: bytes) -> Any:
     return Pass()
 
 
+def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    """``fn(*args)`` on tensors without values as a graph of ATen ops, decomposed as Inductor decomposes; outside any autocast."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    device = next(a.device.type for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor))
+    with torch.no_grad(), torch.autocast(device, enabled=False), fake_mode(torch.utils._pytree.tree_leaves(args)), enable_python_dispatcher():
+        gm: fx.GraphModule = make_fx(fn, select_decomp_table(), tracing_mode="real")(*args)
+    gm.graph.eliminate_dead_code()  # what decompositions tried and did not take
+    return gm
+
+
 def checkpoint_op() -> Any:
     """The op that holds a checkpointed body in a graph of Dynamo's."""
     from torch._higher_order_ops.wrap import tag_activation_checkpoint
@@ -106,6 +122,13 @@ def recompute_mark(number: int) -> dict[str, Any]:
     from torch.utils.checkpoint import CheckpointPolicy
 
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+
+
+def saved_mark() -> dict[str, Any]:
+    """What a node carries whose value AOTAutograd keeps for the backward, and never computes again from inputs that may have changed meanwhile."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.MUST_SAVE}
 
 
 def force_stride_order() -> Any:
@@ -125,49 +148,6 @@ def kernel_count() -> int:
     from torch._inductor import metrics
 
     return int(metrics.generated_kernel_count)
-
-
-def all_reduce(t: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
-    """The sum ("sum"), greatest ("max") or least ("min") of a tensor over a process group (the default one), as a value that graphs may hold; the tensor itself where there is one process."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return t
-    from torch.distributed._functional_collectives import all_reduce, wait_tensor
-
-    everybody: Any = dist.group.WORLD
-    return wait_tensor(all_reduce(t, op, group if group is not None else everybody))
-
-
-def world_size() -> int:
-    """Processes of the default group; 1 where there is none."""
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def gathered() -> dict[int, Any]:
-    """id of a whole parameter -> the object by which FSDP2 gathers it from its shards, for all that are alive; empty where FSDP2 is not used."""
-    import gc
-    import sys
-
-    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
-    if module is None:
-        return {}
-    return {id(o._unsharded_param): o for o in gc.get_objects() if type(o) is module.FSDPParam and hasattr(o, "_unsharded_param")}
-
-
-def shard_of(source: Any) -> torch.Tensor:
-    """The parameter, a DTensor, that lies on this process and that optimizers step."""
-    shard: torch.Tensor = source.sharded_param
-    return shard
-
-
-def shard_state(source: Any) -> tuple[object, ...]:
-    """What changes when a shard was replaced or written to in place: through the DTensor, or its local part."""
-    shard = source.sharded_param
-    local = shard._local_tensor
-    return id(shard), shard._version, local._version, local.data_ptr()
 
 
 # --- Dynamo: what comes with a captured graph --------------------------------------------------------------------------

@@ -125,6 +125,38 @@ def combine_parts(parts: Any, rows: int, dtype: torch.dtype) -> Any:
     return ir.Pointwise.create(device=parts.get_device(), dtype=dtype, inner_fn=value, ranges=[*lead, rows, columns])
 
 
+def transposed(x: Any) -> Any:
+    """A matrix of one-byte codes, an IR node, with its axes swapped in memory: a kernel of its own. Inductor fuses such a copy into whatever reads the same codes, and in a reduction, which goes along
+    rows, every byte is a store of its own."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    x.realize()
+    done = V.graph.__dict__.setdefault("qcompile_transposed", {})
+    if (name := x.get_name()) in done:
+        return done[name]
+    load = x.make_loader()
+    rows, columns = x.get_size()
+    out = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=lambda index: load((index[1], index[0])), ranges=[columns, rows])
+    out.realize()
+    out = ir.ExternKernel.require_contiguous(out)  # type: ignore[assignment]
+    V.graph.no_fuse_buffer_names.add(out.get_name())
+    done[name] = out
+    return out
+
+
+def scaled_mm(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: torch.dtype, fast: bool) -> Any:
+    """The library's FP8 product of IR nodes, (M, K) times (N, K) transposed. Operands are stored first: Inductor's own lowering copies those that are not."""
+    from torch._inductor import ir
+
+    for node in (a, b, a_scale, b_scale):
+        node.realize()
+    a, b, a_scale, b_scale = (ir.ExternKernel.require_contiguous(node) for node in (a, b, a_scale, b_scale))
+    aten = torch.ops.aten
+    b_scale = lowered(aten.reshape.default, b_scale, [1, sizes(b_scale)[0]])
+    return lowered(aten._scaled_mm.default, a, lowered(aten.permute.default, b, [1, 0]), a_scale, b_scale, None, None, dtype, fast)
+
+
 def at_most(size: Any, bound: int) -> bool:
     """Whether a size is at most ``bound``, asked of a symbolic size by a guard: beyond the bound Dynamo compiles again. Sizes that depend on data are not."""
     if (known := static_int(size)) is not None:

@@ -17,11 +17,16 @@ from qcompile.passes.sites import view
 from qcompile.passes.slots import Slot
 from qcompile.sequence import use
 from qcompile.trained import KINDS, STATE
-from qcompile.weights import TABLE
+from qcompile.weights import GENERATION, TABLE
 
 
 def tensors_of(slot: Slot, parameter: Tensor, *rest: Tensor) -> list[Tensor]:
     """What a slot reads for its parameters, in the order of ``slot.args``: always the same tensors, up to date."""
+    if slot.rest and slot.what == "state":
+        with compat.no_dispatch_modes(), torch.no_grad():
+            whole, moved = STATE.stacked(list(zip((parameter, *rest), (slot, *slot.rest), strict=True)))
+        GENERATION[0] += moved  # other graphs that read them take the views
+        return [whole]
     if slot.rest:
         parts = [(s, p) for s, p in zip((replace(slot, rest=()), *slot.rest), (parameter, *rest))]
         return joined([(p, (s.what, s.view, s.scheme, (s.view, use(s.site), s.key) if s.key else None)) for s, p in parts], lambda: [tensors_of(s, p) for s, p in parts])
@@ -47,7 +52,7 @@ def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     p = inputs[slot.arg]
     if slot.what == "state":
         kind = KINDS[slot.key]
-        shape = kind.shape(slot.scheme, tuple(view(torch.empty(p.shape, device=p.device), slot.view).shape))
+        shape = kind.shape(slot, tuple(view(torch.empty(p.shape, device=p.device), slot.view).shape))
         return [torch.empty(shape, dtype=kind.dtype, device=p.device, requires_grad=kind.learned)]
     record = TABLE.get(p)
     solution = record.solutions.get((slot.view, use(slot.site), slot.key)) if record is not None and slot.key else None

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from qcompile.core.errors import WeightError
 from qcompile.core.qtensor import dequantize
-from qcompile.weights import TABLE, Key, Record
+from qcompile.stored import Stored
+from qcompile.weights import TABLE, Key, Record, state_of
 
 
 def refresh(model: nn.Module) -> int:
@@ -38,6 +40,39 @@ def release_weights(model: nn.Module) -> int:
     freed = sum(release(p, name) for name, p in packed)
     guard([p for _, p in packed])
     return freed
+
+
+def restore_weights(model: nn.Module, rounded: bool = False) -> int:
+    """Give every weight of ``model`` that was released, or is stored as codes (``qcompile.quantize``), 16-bit storage again, filled with its dequantized value: what adapters beside it were
+    trained on, so that PEFT's ``merge_and_unload`` then merges into that, as bitsandbytes does.
+
+    ``rounded`` overwrites packed weights that were not released with their dequantized values, too; else they keep their own. Returns the bytes of the weights that were filled.
+    """
+    filled = 0
+    for module in list(model.modules()):
+        for name, held in list(module.parametrizations.items()) if parametrize.is_parametrized(module) else ():  # type: ignore[union-attr, operator]
+            if isinstance(held[0], Stored):
+                parametrize.remove_parametrizations(module, name)
+                value = getattr(module, name).detach()
+                delattr(module, name)  # torch leaves a plain tensor there
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+                filled += value.nbytes
+    for p in dict.fromkeys(model.parameters()):
+        if is_released(p):
+            revive(p)
+        elif rounded and (record := TABLE.get(p)) is not None and _stands_for(p, record):
+            with torch.no_grad():
+                p.copy_(_value(p, record, p.dtype))
+        else:
+            continue
+        filled += p.nbytes
+    return filled
+
+
+def _stands_for(p: Tensor, record: Record) -> bool:
+    """What is packed is the value that the parameter has now, all of it."""
+    states = [entry.state for key, entry in record.entries.items() if key[0] == "weight"]
+    return bool(states) and set(states) == {state_of(p)} and not _missing(p, record)
 
 
 def release(p: nn.Parameter, path: str) -> int:
@@ -73,10 +108,15 @@ def restored(p: Tensor) -> Tensor:
     record = TABLE.get(p)
     if record is None or record.released is None or not is_released(p):
         return p
+    return _value(p, record, record.released)
+
+
+def _value(p: Tensor, record: Record, dtype: torch.dtype) -> Tensor:
+    """What the packed entries of a parameter mean, laid out as the parameter is."""
     keys = _keys(p, record)
     parts = [_dequantized(record, keys[None])] if None in keys else [_dequantized(record, keys[i]) for i in range(p.shape[0])]
     value = parts[0] if None in keys else torch.stack(parts)
-    return value.to(record.released).reshape(p.shape).to(p.device)
+    return value.to(dtype).reshape(p.shape).to(p.device)
 
 
 def _keys(p: Tensor, record: Record) -> dict[int | None, Key]:

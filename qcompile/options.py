@@ -108,7 +108,7 @@ class Options:
         if weight is not None and "recipe" not in given:  # a weight scheme with no recipe is weight-only unless an input scheme stands beside it
             recipe = Recipe("custom", str(Scheme.parse(weight)))
         else:
-            recipe = replace(find_recipe(given.get("recipe", DEFAULT)), implied="recipe" not in given)
+            recipe = replace(find_recipe(given.get("recipe", _default(given.get("train")))), implied="recipe" not in given)
         recipe = recipe.override(weight=weight, input=x, head=head, ignore=ignore)
         lower = given.get("lower", "inductor")
         if lower not in ("inductor", "eager"):
@@ -151,11 +151,21 @@ class Options:
         return repr((self.recipe, self.passes, self.lower, self.train, sorted(self.inductor.items(), key=str))).encode()
 
 
-def _train(recipe: Recipe, spelling: Any) -> tuple[Recipe, Method, dict[str, Any]]:
-    """(the recipe as it is trained, the training recipe as it was spelled, all its settings)."""
+def _default(train: Any) -> str:
+    """The recipe where none is named: that of the training recipe, if there is one."""
+    return DEFAULT if train is None else TRAININGS[_method(train).name].recipe
+
+
+def _method(spelling: Any) -> Method:
     method = Method.parse(spelling) if isinstance(spelling, (str, Method)) else Method(str(spelling))
     if method.name not in TRAININGS:
         raise unknown("training recipe", method.name, TRAININGS, "options['train']")
+    return method
+
+
+def _train(recipe: Recipe, spelling: Any) -> tuple[Recipe, Method, dict[str, Any]]:
+    """(the recipe as it is trained, the training recipe as it was spelled, all its settings)."""
+    method = _method(spelling)
     row = TRAININGS[method.name]
     settings = row.settings(method)
     row.check(recipe, settings)

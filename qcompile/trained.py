@@ -7,14 +7,14 @@ The model itself stays as it is. An entry follows the module, not the Parameter:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile import compat
+from qcompile import compat, histories
 from qcompile.core.errors import WeightError, unknown
 from qcompile.core.estimators import ESTIMATORS, grid_under
 from qcompile.core.formats import encode
@@ -26,11 +26,11 @@ from qcompile.passes.slots import Slot
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of state. ``learned``: a parameter for the optimizer. ``shape(scheme, weight shape)``; ``initial(slot, weight (..., N, K), input or None)`` its first value, where the input is what the
+    """One sort of state. ``learned``: a parameter for the optimizer. ``shape(slot, weight shape)``; ``initial(slot, weight (..., N, K), input or None)`` its first value, where the input is what the
     site reads in the first call (``needs_input``). ``dtype`` is what it is kept in."""
 
     learned: bool
-    shape: Callable[[Scheme, tuple[int, ...]], tuple[int, ...]]
+    shape: Callable[[Slot, tuple[int, ...]], tuple[int, ...]]
     initial: Callable[[Slot, Tensor, Tensor | None], Tensor]
     needs_input: bool = False
     dtype: torch.dtype = torch.float32
@@ -49,13 +49,16 @@ def _first(estimator: str) -> Callable[[Slot, Tensor, Tensor | None], Tensor]:
 
 
 KINDS: dict[str, Kind] = {
-    "step": Kind(True, lambda s, shape: s.grid_shape(shape), _first("lsq")),
-    "clip": Kind(True, lambda s, shape: s.grid_shape(shape), _first("pact")),
+    "step": Kind(True, lambda s, shape: s.scheme.grid_shape(shape), _first("lsq")),
+    "clip": Kind(True, lambda s, shape: s.scheme.grid_shape(shape), _first("pact")),
     "input_step": Kind(True, lambda s, shape: (1,), _first("lsq"), True),
     "input_clip": Kind(True, lambda s, shape: (1,), _first("pact"), True),
     "input_range": Kind(False, lambda s, shape: (2,), lambda slot, w, x: torch.zeros(2, device=w.device)),
+    "fp8_forward": Kind(False, histories.shape, histories.first_forward, True),
+    "fp8_backward": Kind(False, histories.shape, histories.first_backward),
 }
-"""``step``, ``clip``: (..., N/r, K/c) of a weight; ``input_step``, ``input_clip``: (1,) of a static input; ``input_range``: [lo, hi] of a static input whose range moves."""
+"""``step``, ``clip``: (..., N/r, K/c) of a weight; ``input_step``, ``input_clip``: (1,) of a static input; ``input_range``: [lo, hi] of a static input whose range moves;
+``fp8_forward``, ``fp8_backward``: (1, 2 or 1, 3 + history) of a linear, see ``kernels/fp8_history.py``."""
 
 Key = tuple[str, str, str]
 """(name of the weight in its module, use and view, kind)."""
@@ -90,6 +93,10 @@ class StateTable:
         home = self.home(p)
         return None if home is None else self._held.get(home[0], {}).get(key_of(slot, home[1]))
 
+    def held(self, module: nn.Module, key: Key) -> Tensor | None:
+        """The entry under a key; None where there is none."""
+        return self._held.get(module, {}).get(key)
+
     def put(self, module: nn.Module, key: Key, value: Tensor) -> Tensor:
         """Keep a value: written into the tensor that is there where it fits, so that graphs and optimizers see it; else a new one, a Parameter where it is learned."""
         entries = self._held.setdefault(module, {})
@@ -105,6 +112,29 @@ class StateTable:
             entries[key].register_post_accumulate_grad_hook(_average)
             self._remember(entries[key])
         return entries[key]
+
+    def stacked(self, wanted: Sequence[tuple[Tensor, Slot]]) -> tuple[Tensor, bool]:
+        """(one tensor (S, ...) whose rows are the entries (1, ...) of S parameters and slots, whether they were moved there just now). Entries are views of it."""
+        parts = [self.get(p, slot) for p, slot in wanted]
+        held = [part for part in parts if part is not None]
+        assert len(held) == len(parts), f"no {wanted[0][1].key} was made for {[slot.path for (_, slot), part in zip(wanted, parts) if part is None]}"
+        if (whole := histories.together(held)) is not None:
+            return whole, False
+        whole = torch.cat(held)
+        for i, (p, slot) in enumerate(wanted):
+            module, name = self.home(p) or (None, "")
+            assert module is not None
+            self._held[module][key_of(slot, name)] = whole[i : i + 1]
+        return whole, True
+
+    def overflows(self, p: Tensor) -> dict[str, int]:
+        """Of a parameter that trained in FP8 with delayed scaling: role ("input", "weight", "gradient") -> calls that met values beyond their scale, inf or NaN."""
+        module, name = self.home(p) or (None, "")
+        found: dict[str, int] = {}
+        for (owner, _, kind), tensor in (self._held.get(module, {}) if module is not None else {}).items():
+            for role, count in (histories.counts(kind, tensor) if owner == name and kind in histories.ROLES else {}).items():
+                found[role] = found.get(role, 0) + count
+        return found
 
     def _remember(self, learned: Tensor) -> None:
         """Keep a copy of healthy values of what an optimizer may spoil, and count (on the device) how often it did."""
@@ -187,7 +217,7 @@ def _use(site: str, how: str) -> str:
 
 def key_of(slot: Slot, name: str) -> Key:
     """The key of a slot's entry in the module that calls the weight ``name``. A weight that is used twice has one step, and each of its uses a range."""
-    return name, _use(slot.site if slot.key.startswith("input_") else "", slot.view), slot.key
+    return name, _use(slot.site if slot.key.startswith(("input_", "fp8_")) else "", slot.view), slot.key
 
 
 def _grid(p: Tensor, how: str, scheme: Scheme) -> tuple[int, ...]:
@@ -221,6 +251,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if module is None or name not in module._parameters:
             raise WeightError(f"training state {full!r} belongs to parameter {f'{path}.{name}'.strip('.')!r}, which this {type(model).__name__} does not have; it was saved for another model")
         p: Any = module._parameters[name]
+        old = STATE.held(module, (name, use, kind))
+        if old is not None and old.shape != value.shape:
+            raise WeightError(f"training state {full!r} is {tuple(value.shape)}, and this model trains with {tuple(old.shape)}: it was saved with other options (another scheme, or length of history)")
         todo.append((module, (name, use, kind), value.to(p.device)))
         STATE.adopt(p, module, name)
     for module, key, value in todo:

@@ -23,7 +23,7 @@ from qcompile.core.errors import QcompileWarning, WeightError
 from qcompile.core.qtensor import QTensor, quantize
 from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
-from qcompile.gathered import is_gathered, state_of, wholes
+from qcompile.gathered import REASON, state_of, watch, wholes
 from qcompile.passes.sites import view
 from qcompile.trained import STATE
 
@@ -282,13 +282,15 @@ def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:
 
 
 class Binding:
-    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in. Parameters are held weakly."""
+    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in: of those at the places ``read``. Parameters are held weakly."""
 
-    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None], read: Sequence[int]) -> None:
         self._refs = [weakref.ref(p, lambda _: on_death()) for p in parameters]
-        self._fetch = fetch
+        self._fetch, self._read = fetch, read
         self._inference = any(p.is_inference() for p in parameters)
-        self._gathered = any(is_gathered(p) for p in parameters)
+        self._gathered = bool(found := watch(parameters))
+        for p in found:
+            TABLE.record(p).pinned.add(REASON)
         self.tensors: list[Tensor] = []
         self._state: object = None
 
@@ -301,10 +303,11 @@ class Binding:
         return self.tensors
 
     def _now(self, parameters: Sequence[Tensor]) -> object:
+        read = [parameters[i] for i in self._read]  # not adapters, which an optimizer moves on every step
         if self._gathered:
-            return [state_of(p) for p in parameters], GENERATION[0]
-        versions = [] if self._inference else [p._version for p in parameters]
-        return versions, [p.data_ptr() for p in parameters], GENERATION[0]
+            return [state_of(p) for p in read], GENERATION[0]
+        versions = [] if self._inference else [p._version for p in read]
+        return versions, [p.data_ptr() for p in read], GENERATION[0]
 
 
 def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, str]]:

@@ -19,7 +19,7 @@ from qcompile.solve import SETTINGS, check
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-TABLES = ("recipes", "formats", "kernels", "methods")
+TABLES = ("recipes", "formats", "kernels", "methods", "training")
 
 
 def test_session():

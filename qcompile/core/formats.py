@@ -12,6 +12,7 @@ NaN stays NaN where a native format has a code for it and is zero elsewhere, on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -171,16 +172,20 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
         return codes.float()
     if type(codes) is Tensor:
         return table(fmt).to(codes.device)[codes.int()]
-    if fmt.kind == "table":  # traced: a chain of selections, no constant tensor
-        out = torch.zeros_like(codes, dtype=torch.float32)
-        for code, v in enumerate(fmt.values):
-            out = torch.where(codes == code, v, out)
-        return out
+    if fmt.kind == "table":  # traced: a tree of selections, no constant tensor
+        return _select(codes, fmt.values, fmt.bits - 1)
     magnitude = (codes & (2 ** (fmt.bits - 1) - 1)).to(torch.int32)
     e, m = magnitude >> fmt.man, magnitude & (2**fmt.man - 1)
     power = ((e.clamp(min=1) - fmt.bias - fmt.man + 127) << 23).view(torch.float32)
     value = torch.where(e == 0, m, m + 2**fmt.man).float() * power
     return torch.where((codes >> (fmt.bits - 1)) > 0, -value, value)
+
+
+def _select(codes: Tensor, values: Sequence[float], bit: int) -> Tensor:
+    """``values[codes]`` by the bits of the codes, from ``bit`` down: half as many operations as a question for every code. Codes beyond the values give zero."""
+    half, zero = 1 << bit, torch.zeros((), dtype=torch.float32, device=codes.device)
+    low, high = (_select(codes, part, bit - 1) if bit and part else torch.full_like(zero, part[0]) if part else zero for part in (values[:half], values[half : 2 * half]))
+    return torch.where((codes & half) != 0, high, low)
 
 
 def find(name: str, where: str = "") -> Format:

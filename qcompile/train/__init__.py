@@ -32,13 +32,19 @@ def named_parameters(fast: Any) -> list[tuple[str, nn.Parameter]]:
     module = _module(fast)
     found = list(STATE.named(module))
     if not STATE.knows(module):
-        raise OptionError("nothing is learned for this model yet: call it once under grad mode, fast(**batch), then give qcompile.parameters(fast) to the optimizer")
+        raise OptionError("nothing is learned for this model yet: call it once under grad mode, fast(**batch), then give qcompile.parameters(fast) to the optimizer. (train='lora' learns nothing beside the model: give the optimizer the model's parameters that require grad)")
     return [(name, p) for name, p in found if isinstance(p, nn.Parameter)]
 
 
 def parameters(fast: Any) -> list[nn.Parameter]:
     """What estimators learn, for the optimizer: ``AdamW([{"params": model.parameters()}, {"params": qcompile.parameters(fast), "weight_decay": 0.0}])``. See ``named_parameters``."""
     return [p for _, p in named_parameters(fast)]
+
+
+def overflows(fast: Any) -> dict[str, dict[str, int]]:
+    """Name of a weight -> role ("input", "weight", "gradient") -> calls in which FP8 training with delayed scaling met values beyond its scale, inf or NaN; what met none is left out."""
+    found = {name: {role: n for role, n in STATE.overflows(p).items() if n} for name, p in _module(fast).named_parameters()}
+    return {name.replace("_orig_mod.", ""): counts for name, counts in found.items() if counts}
 
 
 def state_dict(fast: Any) -> dict[str, Tensor]:
@@ -56,4 +62,4 @@ def repaired(fast: Any) -> dict[str, int]:
     return STATE.repaired(_module(fast))
 
 
-__all__ = ["load_state_dict", "named_parameters", "parameters", "repaired", "state_dict"]
+__all__ = ["load_state_dict", "named_parameters", "overflows", "parameters", "repaired", "state_dict"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from qcompile.core.digest import digest
 from qcompile.core.errors import WeightError
 from qcompile.core.recipe import Choice
 from qcompile.passes import TRAININGS
+from qcompile.passes.match import Plan
 from qcompile.passes.observe import run_observed
-from qcompile.passes.sites import view
+from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.trained import KINDS, STATE, key_of
 from qcompile.weights import GENERATION, TABLE, owners
@@ -29,7 +30,14 @@ class TrainingGraph(CompiledGraph):
 
     def _rewrite(self, matched: fx.GraphModule, context: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.options.train is not None
+        matched.meta["plan"] = self._kept_out(matched.meta["sites"], matched.meta["plan"])
+        self.planned = matched
         return matched, self._run([TRAININGS[self.options.train.name].insert], matched, context)
+
+    def _kept_out(self, sites: Mapping[str, Site], plan: Plan) -> Plan:
+        assert self.options.train is not None
+        keeps = TRAININGS[self.options.train.name].keeps
+        return {name: (keeps(sites[name], c) or c) if isinstance(c, Choice) else c for name, c in plan.items()}
 
     def _engine(self, gm: fx.GraphModule) -> Callable[..., Any]:
         return gm  # eager, with gradients
@@ -48,12 +56,12 @@ class TrainingGraph(CompiledGraph):
             p = args[site.param.index]
             if STATE.home(p) is None and id(p) in names:
                 STATE.adopt(p, names[id(p)][0], names[id(p)][2])
-        for slot in (s for s in self.slots if s.what == "state"):
+        for slot in (part for s in self.slots if s.what == "state" for part in (s, *s.rest)):
             p = args[slot.arg]
             if STATE.home(p) is None:
                 raise WeightError(f"parameter {slot.path} belongs to no live module, which is where training keeps what it learns; make it a module's parameter, or train with estimators that learn nothing")
             found = STATE.get(p, slot)
-            if found is None or tuple(found.shape) != KINDS[slot.key].shape(slot.scheme, _weight(slot, p)) or found.device != p.device:
+            if found is None or tuple(found.shape) != KINDS[slot.key].shape(slot, _weight(slot, p)) or found.device != p.device:
                 missing.append(slot)
         if not missing:
             return
@@ -69,7 +77,6 @@ class TrainingGraph(CompiledGraph):
                 home = STATE.home(p)
                 assert home is not None
                 STATE.put(home[0], key_of(slot, home[1]), first)
-
 
     def __call__(self, *args: Any) -> Any:
         if any(slot.key == "input_range" for slot in self.slots):

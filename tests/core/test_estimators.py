@@ -78,7 +78,7 @@ def test_ends_of_every_format(name):
     """What rounds to the greatest value lies below the end; what is clipped, beyond."""
     fmt = FORMATS[name]
     low, high = ends(fmt)
-    assert low < fmt.lo or fmt.kind == "int" and not fmt.signed
+    assert low < fmt.lo or (fmt.kind == "int" and not fmt.signed)
     assert high > fmt.hi
 
 

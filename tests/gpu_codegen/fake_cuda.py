@@ -266,3 +266,34 @@ def codegen(fn: Callable[..., Any], make_inputs: Callable[[], Sequence[Any]], co
         fakes = make_inputs()
     metas = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") if isinstance(v, torch.Tensor) else v for v in fakes]
     return compile_backend("inductor", fn, metas, config, dynamic)
+
+
+def compile_training(backend: Callable[..., Any], model: Callable[..., Any], inputs: Sequence[Any], config: dict[str, Any] | None = None) -> Generated:
+    """`torch.compile(model, backend=backend)` called once with gradients on CPU `inputs`; its `sources` are one for the forward and one for the backward of each graph.
+
+    Autograd's engine asks a fake GPU for its streams, so AOTAutograd traces on the CPU, and the two graphs that it hands to Inductor are moved to cuda.
+    """
+    import torch._inductor.compile_fx as entry
+
+    real, inner = entry.compile_fx, entry.compile_fx_inner
+    collected: list[str] = []
+
+    def moved(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        mode = TracingContext.get().fake_mode
+        for node in gm.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(lambda v: _on_cuda(v, mode), node.meta["val"])
+        _retarget(gm, mode)
+        inputs = [_on_cuda(v, mode) for v in example_inputs]
+        with fake_cuda(), capture_source() as sources:
+            inner(gm, inputs, **kwargs)
+        collected.extend(sources)
+        return _Loaded.call
+
+    def retarget(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        with inductor_config.patch({**CONFIG, **(config or {})}):
+            return real(*args, **{**kwargs, "inner_compile": moved})
+
+    with mock.patch.object(entry, "compile_fx", retarget), contextlib.suppress(RuntimeError):
+        torch.compile(model, backend=backend)(*inputs)
+    return parse(collected)

@@ -18,8 +18,17 @@ RECIPES = {
     "W4A16 qat": {"recipe": "W4A16", "train": "qat"},
     "W8A8_STATIC qat": {"recipe": "W8A8_STATIC", "train": "qat(input='ste')"},
     "W8A8_STATIC lsq": {"recipe": "W8A8_STATIC", "train": "qat"},
+    "fp8": {"train": "fp8"},
+    "fp8 delayed": {"train": "fp8(scaling='delayed')"},
 }
 """Options, each trained by every kind of loop."""
+LOOSE = {"fp8": 0.01, "fp8 delayed": 0.01}
+"""How far losses may lie apart: scales of current scaling are those of a process's own part, and all gradients are rounded to two bits."""
+
+
+def reduced(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is one over the group. Histories are not: their maximum is taken when a scale is made."""
+    return {name: t for name, t in state.items() if ".fp8_" not in name}
 
 
 def options_of(name: str, lower: str = "eager") -> dict:
@@ -101,8 +110,8 @@ def check_ddp(rank: int) -> None:
             torch._dynamo.reset()
             model = copy.deepcopy(start)
             found = train_steps(model, wrapped(model, how, options_of(name)), [x.chunk(2)[rank] for x in data])
-            assert near(found, wanted), (name, how, found, wanted)
-            state, theirs = train.state_dict(model), train.state_dict(alone)
+            assert near(found, wanted, LOOSE.get(name, 2e-4)), (name, how, found, wanted)
+            state, theirs = reduced(train.state_dict(model)), reduced(train.state_dict(alone))
             assert state.keys() == theirs.keys() and same_on_both(state.values()), (name, how)
             assert all(torch.allclose(state[k], theirs[k], rtol=1e-3) for k in state), (name, how)
 
@@ -184,12 +193,12 @@ def check_fsdp2(rank: int) -> None:
         torch._dynamo.reset()
         model = sharded(copy.deepcopy(start), options_of(name))
         found = train_steps(model, model, mine)
-        assert near(found, wanted), (name, found, wanted)
-        state, theirs = train.state_dict(model), train.state_dict(alone)
+        assert near(found, wanted, LOOSE.get(name, 2e-4)), (name, found, wanted)
+        state, theirs = reduced(train.state_dict(model)), reduced(train.state_dict(alone))
         assert state.keys() == theirs.keys() and same_on_both(state.values()), name
         assert all(torch.allclose(state[k], theirs[k], rtol=1e-3) for k in state), name
         # a checkpoint, read by another model that is sharded, goes on alike
-        weights, state = copy.deepcopy(get_model_state_dict(model)), {k: v.clone() for k, v in state.items()}
+        weights, state = copy.deepcopy(get_model_state_dict(model)), {k: v.clone() for k, v in train.state_dict(model).items()}
         other = sharded(Stack(2), options_of(name))
         set_model_state_dict(other, weights)
         train.load_state_dict(other, state)

@@ -24,6 +24,7 @@ from qcompile.train.trainer import FILE, Callback, accept_name
 RECIPES = {
     "W4A16 qat": {"recipe": "W4A16", "train": "qat"},
     "W8A8_STATIC qat": {"recipe": "W8A8_STATIC", "train": "qat(input='ste')"},
+    "fp8 delayed": {"train": "fp8(scaling='delayed')"},
 }
 """Options that a loop trains with; a training recipe that learns nothing and keeps nothing fits, too."""
 HOW = ("in place", "by name")

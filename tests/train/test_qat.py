@@ -197,7 +197,7 @@ def test_a_checkpoint_resumes_bit_exactly(tmp_path):
 
 
 def test_a_step_that_went_wrong_is_repaired_and_counted():
-    model, x, y = Net(), torch.randn(8, 32), torch.randn(8, 32)
+    model, x = Net(), torch.randn(8, 32)
     fast = compiled(model, weight="int4.g16")
     fast(x)
     step = qcompile.parameters(fast)[0]
