@@ -8,6 +8,7 @@ from qcompile.core.recipe import RECIPES, Recipe, Rule, find_recipe
 from qcompile.core.scheme import Scheme
 from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights, restore_weights
+from qcompile.options import set_defaults
 from qcompile.quantize import quantize
 from qcompile.report import Report
 from qcompile.sensitivity import Sensitivity, sensitivity
@@ -40,4 +41,5 @@ __all__ = [
     "release_weights",
     "restore_weights",
     "sensitivity",
+    "set_defaults",
 ]

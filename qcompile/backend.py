@@ -29,9 +29,10 @@ from qcompile.dumps import dump, trace_plan
 from qcompile.fill import tensors_of
 from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
+from qcompile.later import Later
 from qcompile.memory import guard, is_released, release
 from qcompile.missed import limit, of_no_live_linear, refusals
-from qcompile.options import PIPELINE, Options
+from qcompile.options import DEFAULTS, PIPELINE, Options
 from qcompile.passes import PASSES, TRAININGS, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
@@ -47,7 +48,10 @@ log = logging.getLogger("qcompile.backend")
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
+    options = options or dict(DEFAULTS)  # as they are now, also where a graph is built later
     opts = Options.parse(options, mode)
+    if any(map(compat.is_fake, example_inputs)) and not (_training(example_inputs) and opts.train is None and session() is None):
+        return Later(example_inputs, lambda inputs: backend(gm, inputs, options=options, mode=mode))
     remember_code(example_inputs)
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)

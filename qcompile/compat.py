@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.compat_dist import all_reduce, gathered, shard_of, shard_state, world_size  # noqa: F401
 from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
     at_most,
     capability,
@@ -149,25 +150,6 @@ def kernel_count() -> int:
     return int(metrics.generated_kernel_count)
 
 
-def all_reduce(t: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
-    """The sum ("sum"), greatest ("max") or least ("min") of a tensor over a process group (the default one), as a value that graphs may hold; the tensor itself where there is one process."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return t
-    from torch.distributed._functional_collectives import all_reduce, wait_tensor
-
-    everybody: Any = dist.group.WORLD
-    return wait_tensor(all_reduce(t, op, group if group is not None else everybody))
-
-
-def world_size() -> int:
-    """Processes of the default group; 1 where there is none."""
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 # --- Dynamo: what comes with a captured graph --------------------------------------------------------------------------
 
 
@@ -181,6 +163,13 @@ def fake_mode(inputs: Sequence[Any]) -> Any:
     if context is not None and context.fake_mode is not None:
         return context.fake_mode
     return detect_fake_mode(inputs) or FakeTensorMode(shape_env=ShapeEnv())
+
+
+def is_fake(x: Any) -> bool:
+    """Whether something is a tensor without values, as tracing makes them."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -226,8 +215,23 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
 
 
+_COMPILING_FOR: list[Any] = []
+
+
+@contextlib.contextmanager
+def compiling_for(code: Any) -> Iterator[None]:
+    """Inside, ``compiling`` gives this code object: what is compiled now was captured from it earlier."""
+    _COMPILING_FOR.append(code)
+    try:
+        yield
+    finally:
+        _COMPILING_FOR.pop()
+
+
 def compiling() -> Any:
     """The code object that Dynamo compiles at this moment: not always a function of the model, for torch's own modules run through a wrapper. None where it does not say."""
+    if _COMPILING_FOR:
+        return _COMPILING_FOR[-1]
     with contextlib.suppress(AttributeError):
         return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_code
     return None

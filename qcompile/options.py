@@ -53,6 +53,21 @@ LATER = {"output": "output schemes"}
 """Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""
 
 
+DEFAULTS: dict[str, Any] = {}
+"""What ``set_defaults`` was given."""
+
+
+def set_defaults(**options: Any) -> None:
+    """The options of every ``torch.compile(..., backend="qcompile")`` that gives none: for loops that take a backend's name and nothing else, such as ``TrainingArguments(torch_compile_backend="qcompile")``.
+
+    They hold for the process, for graphs that are captured from now on; what is compiled already stays as it is. Options that a torch.compile gives replace all of them. Without arguments
+    the library's own defaults are back. Raises OptionError for what ``options={...}`` does not take.
+    """
+    Options.parse(options)
+    DEFAULTS.clear()
+    DEFAULTS.update(options)
+
+
 @dataclass(frozen=True)
 class Options:
     """Checked options."""

@@ -23,6 +23,7 @@ from qcompile.core.errors import QcompileWarning, WeightError
 from qcompile.core.qtensor import QTensor, quantize
 from qcompile.core.scheme import Scheme
 from qcompile.core.solution import Solution
+from qcompile.gathered import REASON, state_of, watch, wholes
 from qcompile.passes.sites import view
 from qcompile.trained import STATE
 
@@ -30,11 +31,6 @@ Key = tuple[str, str, str]
 """(what, view, scheme) of an entry."""
 SolutionKey = tuple[str, str, str]
 """(view, use, choice) of a solution."""
-
-
-def state_of(p: Tensor) -> tuple[object, ...]:
-    """What changes when the value of a parameter may have changed. Inference tensors have no version: only their storage is watched."""
-    return (-1 if p.is_inference() else p._version, p.data_ptr(), p.stride(), p.device)
 
 
 def fingerprint(p: Tensor) -> tuple[object, ...]:
@@ -218,8 +214,8 @@ class WeightTable:
 
     def forget(self, parameters: Iterable[Tensor]) -> int:
         """Mark entries stale (in-place edits that PyTorch cannot see); they are packed again on the next call. Returns how many."""
-        count = 0
-        for p in parameters:
+        count, parameters = 0, list(parameters)
+        for p in (*parameters, *wholes(parameters)):
             record = self.get(p)
             if record is not None and record.released is None:
                 for entry in record.entries.values():
@@ -292,6 +288,9 @@ class Binding:
         self._refs = [weakref.ref(p, lambda _: on_death()) for p in parameters]
         self._fetch, self._read = fetch, read
         self._inference = any(p.is_inference() for p in parameters)
+        self._gathered = bool(found := watch(parameters))
+        for p in found:
+            TABLE.record(p).pinned.add(REASON)
         self.tensors: list[Tensor] = []
         self._state: object = None
 
@@ -305,6 +304,8 @@ class Binding:
 
     def _now(self, parameters: Sequence[Tensor]) -> object:
         read = [parameters[i] for i in self._read]  # not adapters, which an optimizer moves on every step
+        if self._gathered:
+            return [state_of(p) for p in read], GENERATION[0]
         versions = [] if self._inference else [p._version for p in read]
         return versions, [p.data_ptr() for p in read], GENERATION[0]
 

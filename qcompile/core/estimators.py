@@ -155,7 +155,8 @@ def gradients(grad: Tensor, x: Tensor, learned: Sequence[Tensor], scheme: Scheme
     z = scaled(flat, g)
     extent = scheme.extent(*flat.shape[-2:])
     row = find_estimator(estimator)
-    to_x, to_learned = row.local(z, decode(encode(z, scheme.fmt), scheme.fmt), scheme.fmt, float(extent[0] * extent[1]))
+    count = float(extent[1] if activation else extent[0] * extent[1])  # of activations the features, not the rows: the same for a batch and its parts
+    to_x, to_learned = row.local(z, decode(encode(z, scheme.fmt), scheme.fmt), scheme.fmt, count)
     out = grad.reshape(flat.shape).float()
     dx = (out * to_x).to(x.dtype).reshape(x.shape)
     if to_learned is None or not learned:

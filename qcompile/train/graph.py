@@ -73,11 +73,10 @@ class TrainingGraph(CompiledGraph):
             p = args[slot.arg]
             with compat.no_dispatch_modes(), torch.no_grad():
                 first = KINDS[slot.key].initial(slot, view(p.detach(), slot.view), seen.get(slot.site)).to(KINDS[slot.key].dtype)
-                first = compat.all_reduce(first, "sum") / compat.world_size() if KINDS[slot.key].learned else first  # processes start alike
+                first = compat.all_reduce(first, "max") if KINDS[slot.key].learned else first  # processes start alike; of ranges, the greatest is that of all that came
                 home = STATE.home(p)
                 assert home is not None
                 STATE.put(home[0], key_of(slot, home[1]), first)
-
 
     def __call__(self, *args: Any) -> Any:
         if any(slot.key == "input_range" for slot in self.slots):
