@@ -48,10 +48,10 @@ def moving_reference(x: Tensor, held: Tensor, momentum: float, reduce: bool) -> 
 
     ``reduce`` takes the range over all processes of the default group, where there is one.
     """
-    if not x.numel():
+    if not x.numel() and not reduce:
         return held.clone()
     x = x.float()
-    ends = torch.stack([(-x.amin()).clamp(min=0), x.amax().clamp(min=0)])  # the greatest of both: one reduction
+    ends = torch.stack([(-x.amin()).clamp(min=0), x.amax().clamp(min=0)]) if x.numel() else torch.zeros_like(held)  # the greatest of both: one reduction, which every process takes part in
     if reduce:
         ends = compat.all_reduce(ends, "max")
     now = torch.stack([-ends[0], ends[1]])
