@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if len(items) > 0:
+    if len(items) > 1000:
         rest_the_heap()
     if not torch.cuda.is_available():
         for item in items:
@@ -27,11 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def rest_the_heap() -> None:
     """What the imports left is no garbage and no model, but it is most of what there is: each graph that is compiled looks through all live objects for the owners of its weights, and the tracer
-    makes the collector do so, too. Together that was a third of the time of all tests."""
+    makes the collector do so, too. Together that was a third of the time of all tests. (A model that an import made would not be found by its name any more.)"""
     import torch._inductor.compile_fx
 
     gc.collect()
-    assert not any(issubclass(type(o), torch.nn.Module) for o in gc.get_objects()), "a model made by an import would not be found"
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
 
