@@ -99,6 +99,7 @@ class WeightTable:
         """The record of a parameter, made when first asked for."""
         found = self._records.get(id(p))
         if found is not None and found.ref() is p:
+            found.path = found.path or path
             return found
         key = id(p)
         records = self._records
