@@ -1,4 +1,4 @@
-"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage [--write]`.
+"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage|train [--write]`.
 
 `results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
 """
@@ -140,7 +140,46 @@ def coverage() -> str:
     return measured.markdown(json.loads(measured.RESULTS.read_text()))
 
 
-SECTIONS = {"cpu": cpu, "gpu": gpu, "coverage": coverage}
+def train() -> str:
+    """Markdown of what training gave: `results/h200/train.json` of `train.py`, `qlora.json` of `gpu_qlora.py` and `fp8_training.json` of `gpu_train.py`."""
+    qat, qlora, fp8 = (json.loads((RESULTS / "h200" / f"{name}.json").read_text()) for name in ("train", "qlora", "fp8_training"))
+    methods = list(dict.fromkeys(row["method"] for row in qat["rows"]))
+    cases: dict[str, dict[str, Any]] = {}
+    for row in qat["rows"]:
+        cases.setdefault(row["case"], {})[row["method"]] = row
+    settings = qat["settings"]
+    lines = [
+        f"Held-out perplexity of the shipped model (fp32 {qat['rows'][0]['fp32']:.3f}) after {settings['steps']} steps of {settings['batch']} x {settings['context']} tokens on one {qat['about']['device']}, and in brackets the share of the gap "
+        "between rounding (PTQ) and fp32 that was closed. W2A16 is `int2.g64`. `qcompile.quantize` of each trained model was judged again and gave the same to 0.1 %:",
+        "",
+        "| | " + " | ".join(methods) + " |",
+        "| --- |" + " --- |" * len(methods),
+    ]
+    for case, rows in cases.items():
+        cells = [f"{r['perplexity']:.3f}" + (f" ({r['closed']:.0%})" if r["method"] != "PTQ" else "") if (r := rows.get(m)) else "" for m in methods]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"QLoRA on the 8B shape (rank {qlora['about']['rank']} on every linear, base `{qlora['about']['weight']}`, released), one step of batch 1 on one {qlora['about']['gpu']}, beside bitsandbytes {qlora['about']['bitsandbytes']} with PEFT, eager as people run it and with its layers compiled by Inductor. "
+        "Milliseconds and peak GB:",
+        "",
+        "| tokens | checkpointing | qcompile | bitsandbytes | bitsandbytes, compiled |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in qlora["rows"]:
+        cells = [f"{r['ms']:.0f} ms, {r['peak_gb']:.2f} GB" if (r := row.get(name)) else "" for name in ("ours", "bitsandbytes", "bitsandbytes_compiled")]
+        lines.append(f"| {row['tokens']} | {'yes' if row['checkpointing'] else 'no'} | " + " | ".join(cells) + " |")
+    steps = [r for r in fp8["rows"] if "way" in r and "faster" in r]
+    plain = next(r for r in fp8["rows"] if r.get("way") == "bf16" and r["model"] == "blocks")
+    lines += [
+        "",
+        f"FP8 training of four blocks of the 8B shape, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: bf16 {plain['ms']:.1f} ms; "
+        + "; ".join(f"{r['way']} scaling {r['ms']:.1f} ms ({r['faster']:.2f}x)" for r in steps) + ".",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+SECTIONS = {"cpu": cpu, "gpu": gpu, "coverage": coverage, "train": train}
 
 
 def main() -> None:

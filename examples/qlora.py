@@ -1,7 +1,7 @@
 """QLoRA in one line more than LoRA: the base in 4 bits, adapters beside it. `python examples/qlora.py`
 
 The shipped language model knows Python code. Here it learns the prose of docstrings, by LoRA adapters that PEFT puts beside its linears, while the linears themselves hold 4-bit codes (NF4 with
-quantized scales; Dettmers et al. 2023) and give their 16-bit storage back. What requires grad trains in its own dtype; what does not is packed:
+quantized scales; Dettmers et al. 2023). What requires grad trains in its own dtype; what does not is packed, and with `"release": True` gives its own storage back as soon as it is:
 
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     fast = torch.compile(model, backend="qcompile", options={"weight": "nf4.g64/int8.g256", "train": "lora", "release": True})
@@ -72,7 +72,7 @@ def main() -> None:
     judge = judge[:8]
     print(f"loss on docstrings, fp32: {loss_of(base, judge):.3f}")
     model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")).train()
-    fast = torch.compile(model, backend="qcompile", options={"weight": WEIGHT, "train": "lora", "release": True})
+    fast = torch.compile(model, backend="qcompile", options={"weight": WEIGHT, "train": "lora"})
     print(f"loss on docstrings, {WEIGHT}: {loss_of(fast, judge):.3f}")
 
     adapters = [p for p in model.parameters() if p.requires_grad]
@@ -91,9 +91,10 @@ def main() -> None:
 
     trained = loss_of(fast, judge)
     print(f"loss on docstrings, with the adapters: {trained:.3f}")
-    totals = qcompile.explain(fast, input_ids=judge, use_cache=False).totals
-    sizes = sum(p.nbytes for p in adapters)
-    print(f"the weights: {totals.bytes_before / 1e6:.1f} MB -> {totals.bytes_after / 1e6:.1f} MB, {totals.released} released; the adapters: {sizes / 1e6:.1f} MB, and twice that in the optimizer")
+    packed = qcompile.explain(fast, input_ids=judge, labels=judge, use_cache=False).sites
+    before, after, sizes = sum(row.bytes_before for row in packed), sum(row.bytes_after for row in packed), sum(p.nbytes for p in adapters)
+    freed = qcompile.release_weights(model)
+    print(f"the base's linears: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of codes and scales, {freed / 1e6:.1f} MB released; the adapters: {sizes / 1e6:.1f} MB, and twice that in the optimizer")
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -102,8 +103,7 @@ def main() -> None:
         merged = model.merge_and_unload()
         print(f"merged into {filled / 1e6:.1f} MB of dequantized weights: loss {loss_of(merged.eval(), judge):.3f}")
         again = PeftModel.from_pretrained(stdlib_lm()[0], folder)
-        fast = torch.compile(again, backend="qcompile", options={"weight": WEIGHT, "train": "lora"})
-        print(f"the adapter ({saved / 1e6:.1f} MB) loaded beside a freshly quantized base: loss {loss_of(fast, judge):.3f}")
+        print(f"the adapter, {saved / 1e6:.1f} MB of files, beside the base in fp32: loss {loss_of(again, judge):.3f}")
     print(f"{time.perf_counter() - began:.0f} s")
 
 

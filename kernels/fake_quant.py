@@ -48,10 +48,13 @@ def moving_reference(x: Tensor, held: Tensor, momentum: float, reduce: bool) -> 
 
     ``reduce`` takes the range over all processes of the default group, where there is one.
     """
+    if not x.numel() and not reduce:
+        return held.clone()
     x = x.float()
-    now = torch.stack([x.amin().clamp(max=0), x.amax().clamp(min=0)]) if x.numel() else held
+    ends = torch.stack([(-x.amin()).clamp(min=0), x.amax().clamp(min=0)]) if x.numel() else torch.zeros_like(held)  # the greatest of both: one reduction, which every process takes part in
     if reduce:
-        now = compat.all_reduce(now * now.new_tensor([-1.0, 1.0]), "max") * now.new_tensor([-1.0, 1.0])
+        ends = compat.all_reduce(ends, "max")
+    now = torch.stack([-ends[0], ends[1]])
     return torch.where(held[1] > held[0], torch.lerp(held, now, momentum), now)
 
 

@@ -26,6 +26,8 @@ SCALE, OVERFLOWS, POSITION, RING = range(4)
 NUMBERS, BACK = 16, 4
 """Columns of what ``fp8_scales`` gives: scales of the input, the weight and the gradient, the place in the rings, and from column BACK on their reciprocals, each at the head of four, for the
 library reads a scale where 16 bytes begin."""
+SLACK = 2.0**-10
+"""A scale that is made of a magnitude may bring it this far beyond the greatest value, to which it rounds: no overflow."""
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -37,7 +39,7 @@ def highest(dtype: torch.dtype) -> float:
 def entered(state: Tensor, scale: Tensor, position: Tensor, amax: Tensor, hi: float) -> Tensor:
     """Rows of state (..., L) after a call that used ``scale`` (...) and whose largest magnitudes were ``amax`` (...), written at ``position`` (...) of the ring."""
     finite = torch.isfinite(amax)
-    over = (~finite | (amax * scale > hi)).float()
+    over = (~finite | (amax * scale > hi * (1 + SLACK))).float()
     column = torch.arange(state.shape[-1], device=state.device)
     out = torch.where(column == position[..., None] + RING, torch.where(finite, amax, 0.0)[..., None], state)
     out = torch.where(column == OVERFLOWS, state + over[..., None], out)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile import compat
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.scheme import Scheme
 
@@ -73,5 +74,10 @@ def grad_fake(grad: Tensor, weight: Sequence[Tensor], scheme: str, k: int, dtype
     return grad.new_empty((*grad.shape[:-1], k), dtype=dtype)
 
 
+def _call(case: None, *args: Any) -> Any:
+    """As a call, on CPUs: Inductor's C++ for unpacking takes long to compile, and is no faster."""
+    return compat.fallback_kernel(target("frozen_grad"), *args)
+
+
 OP = Op("frozen_linear", "(Tensor x, Tensor[] weight, Tensor[] range, str scheme) -> Tensor", reference, fake, simplify=simplify, gradient=(backward, setup))
-GRAD = Op("frozen_grad", "(Tensor grad, Tensor[] weight, str scheme, int k, ScalarType dtype) -> Tensor", grad_reference, grad_fake, late=True)
+GRAD = Op("frozen_grad", "(Tensor grad, Tensor[] weight, str scheme, int k, ScalarType dtype) -> Tensor", grad_reference, grad_fake, fallback=_call, late=True)

@@ -1,4 +1,5 @@
-"""Ops that AOTAutograd was to see whole (``Op.late``) are written out by their references, so that Inductor fuses them with what stands around.
+"""Ops that AOTAutograd was to see whole (``Op.late``) are written out by their references, so that Inductor fuses them with what stands around. On CPUs they
+stay, and are called.
 
 Runs on the post-grad graph of each half of a training graph: nothing can be moved from one half to the other any more.
 """
@@ -16,7 +17,7 @@ from qcompile.kernels.op import NAMESPACE
 def late(graph: fx.Graph) -> None:
     """Rewrite in place."""
     for node in list(graph.nodes):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and OPS[node.target._opname].late:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and OPS[node.target._opname].late and node.meta["val"].device.type != "cpu":
             _write_out(graph, node)
 
 

@@ -137,7 +137,7 @@ def transposed(x: Any) -> Any:
         return done[name]
     load = x.make_loader()
     rows, columns = x.get_size()
-    out = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=lambda index: load((index[1], index[0])), ranges=[columns, rows])
+    out: Any = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=lambda index: load((index[1], index[0])), ranges=[columns, rows])
     out.realize()
     out = ir.ExternKernel.require_contiguous(out)  # type: ignore[assignment]
     V.graph.no_fuse_buffer_names.add(out.get_name())

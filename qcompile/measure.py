@@ -14,9 +14,11 @@ from qcompile.core.errors import QcompileError, Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
+from qcompile.histories import troubles
 from qcompile.missed import LOOP, functions, limit, module_of, unread, why_nothing
 from qcompile.report import Calibrated, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
 from qcompile.sqnr import energy, ratio, sqnr
+from qcompile.trained import STATE
 
 if TYPE_CHECKING:
     from qcompile.backend import CompiledGraph
@@ -171,7 +173,7 @@ class _Collector:
         if missed and (full := compat.at_recompile_limit(functions(fast))):
             notes.append(limit(full))
         held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])
-        notes += memory.held(held)
+        notes += [*memory.held(held), *troubles(STATE, module.named_parameters() if module is not None else ())]
         return Report(tuple(sites), tuple(kept), graphs, self._totals(held), tuple(dict.fromkeys(notes)))
 
     def _graph_row(self, index: int, graph: CompiledGraph) -> GraphRow:

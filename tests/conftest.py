@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import pathlib
 import sys
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # before torch is imported: else each process that compiles starts another, which imports torch to wait for Triton kernels
 
 import pytest
 import torch
@@ -13,10 +17,23 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if len(items) > 0:
+        rest_the_heap()
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # not the keywords: a folder or a parameter may be called gpu
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def rest_the_heap() -> None:
+    """What the imports left is no garbage and no model, but it is most of what there is: each graph that is compiled looks through all live objects for the owners of its weights, and the tracer
+    makes the collector do so, too. Together that was a third of the time of all tests."""
+    import torch._inductor.compile_fx
+
+    gc.collect()
+    assert not any(issubclass(type(o), torch.nn.Module) for o in gc.get_objects()), "a model made by an import would not be found"
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

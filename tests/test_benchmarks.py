@@ -57,7 +57,7 @@ def test_coverage_is_what_explain_says(name):
     assert list(rows) == coverage.names() and rows[name] == coverage.measure(name)
 
 
-@pytest.mark.parametrize("section", ["cpu", "gpu", "coverage"])
+@pytest.mark.parametrize("section", ["cpu", "gpu", "coverage", "train"])
 def test_the_readmes_numbers_are_made_from_the_results(section):
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme_tables.py"), section], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

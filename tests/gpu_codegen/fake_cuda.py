@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from h200 import fake_cuda
 from torch._guards import TracingContext, tracing
@@ -294,6 +295,6 @@ def compile_training(backend: Callable[..., Any], model: Callable[..., Any], inp
         with inductor_config.patch({**CONFIG, **(config or {})}):
             return real(*args, **{**kwargs, "inner_compile": moved})
 
-    with mock.patch.object(entry, "compile_fx", retarget), contextlib.suppress(RuntimeError):
-        torch.compile(model, backend=backend)(*inputs)
+    with mock.patch.object(entry, "compile_fx", retarget), functorch_config.patch(force_non_lazy_backward_lowering=True), contextlib.suppress(RuntimeError):
+        torch.compile(model, backend=backend)(*inputs)  # the code that is made cannot run
     return parse(collected)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fake_cuda import Generated, compile_backend, parse
+from fake_cuda import Generated, compile_backend, compile_training, parse
 from torch import nn
 
 T = torch.Tensor
@@ -249,4 +249,33 @@ def codebooks() -> Parts:
     for rows in (1, 64):
         torch._dynamo.reset()
         parts |= quantized(nn.Linear(256, 512, bias=False).to(torch.bfloat16), [bf16(rows, 256)], {f"{rows} rows": {"weight": "lut4.g64", "recipe": "W4A16"}})
+    return parts
+
+
+class Normed(nn.Module):
+    """A norm that two linears read, and one behind them: hidden states in and out."""
+
+    def __init__(self, k: int = 256, n: int = 512) -> None:
+        super().__init__()
+        self.norm, self.up, self.gate, self.down = nn.RMSNorm(k), nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False), nn.Linear(n, k, bias=False)
+
+    def forward(self, x: T) -> T:
+        x = torch.tanh(x)
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def fp8_training() -> Parts:
+    """The forward and the backward of FP8 training, for each scaling."""
+    from qcompile import backend, compat
+
+    warnings.simplefilter("ignore")
+    compat.capability, compat.device_of = (lambda device: (9, 0)), (lambda value: torch.device("cuda"))
+    parts: Parts = {}
+    for scaling in ("tensor", "row", "delayed"):
+        torch._dynamo.reset()
+        train = f"fp8(scaling='{scaling}', history=16)"
+        made = compile_training(lambda gm, args, train=train: backend.backend(gm, args, options={"train": train}), Normed().to(torch.bfloat16), (bf16(512, 256).requires_grad_(),))
+        assert len(made.sources) == 2, "a forward and a backward"
+        parts.update({f"{scaling} {which}": (parse([source]), {}) for which, source in zip(("forward", "backward"), made.sources, strict=True)})
     return parts

@@ -87,8 +87,8 @@ def test_inductor_computes_the_same(scaling):
 def test_only_what_is_asked_for(x_grad, w_grad):
     x, w = torch.randn(4, 32, requires_grad=x_grad), torch.randn(16, 32, requires_grad=w_grad)
     y = LINEAR(x, w, [], [], 0, 0, "tensor")[0]
-    saved = list(y.grad_fn.saved_tensors) if hasattr(y.grad_fn, "saved_tensors") else []
-    assert all(t.dtype in (E4M3, torch.float32) and t.shape in ((4, 32), (16, 32), (1, 1)) for t in saved)  # codes, no 16-bit tensor
+    saved = y.grad_fn.saved_tensors
+    assert len(saved) == 2 and all(t.dtype in (E4M3, torch.float32) and t.shape in ((4, 32), (16, 32), (1, 1)) for t in saved)  # codes, no 16-bit tensor
     y.sum().backward()
     assert ((x.grad is not None), (w.grad is not None)) == (x_grad, w_grad)
 
@@ -144,7 +144,7 @@ class Plain:
 
     def see(self, amax):
         finite = amax == amax and amax != float("inf")
-        self.overflows += not finite or amax * self.scale > self.hi
+        self.overflows += not finite or amax * self.scale > self.hi * (1 + 2**-10)
         self.seen.append(amax if finite else 0.0)
 
 

@@ -106,12 +106,54 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
         lambda: _grouped("nf4.g32/int8.row", False),
         lambda: (*rows("int8.row", 5, 96), torch.tensor([2, 2, 4], dtype=torch.int32), weight("int8.row", 3, 24, 96), "int8.row @ int8.row", False),
     ],
+    "fp8_linear": [
+        lambda: (torch.randn(2, 3, 40), torch.randn(24, 40), [], [], 0, 0, "tensor"),
+        lambda: (torch.randn(5, 40), torch.randn(24, 40), [], [], 0, 0, "row"),
+        lambda: (torch.randn(5, 40), torch.randn(24, 40), [torch.ones(2, 16)], [torch.zeros(2, 1, 7)], 1, 0, "delayed"),
+    ],
+    "fp8_product": [lambda: (torch.randn(5, 40).to(torch.float8_e5m2), torch.rand(5, 1), torch.randn(24, 40).to(torch.float8_e4m3fn), torch.rand(24, 1), torch.float32, True)],
+    "fp8_transpose": [lambda: (torch.randn(5, 40).to(torch.float8_e4m3fn), torch.randn(5, 24))],
+    "fp8_scales": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 1, 7), 1, True)],
+    "fp8_record": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 16), list(torch.rand(3, 2)))],
+    "fake_quant": [
+        lambda: (torch.randn(24, 96), [torch.rand(24, 3) + 0.1], "int4.g32", "lsq", False),
+        lambda: (torch.randn(2, 3, 100, dtype=torch.bfloat16), [], "int8.row", "ste", True),
+        lambda: (torch.randn(24, 100), [], "nf4.g32/int8.row", "ste", False),
+        lambda: (torch.randn(4, 96), [torch.tensor([2.0])], "int8.tensor.static", "pact", True),
+        lambda: (torch.randn(0, 96), [], "int8.row", "ste", True),
+    ],
+    "moving_range": [
+        lambda: (torch.randn(2, 3, 96), torch.zeros(2), 0.01, False),
+        lambda: (torch.randn(4, 96, dtype=torch.bfloat16), torch.tensor([-1.0, 2.0]), 0.01, True),
+    ],
+    "frozen_linear": [
+        lambda: (torch.randn(4, 96), weight("int4.g32", 24, 96), [], "int4.g32"),
+        lambda: (torch.randn(2, 3, 96), weight("int8.row", 24, 96), [], "int8.row @ int8.row"),
+        lambda: (torch.randn(2, 3, 96), weight("int8.row", 24, 96), [torch.tensor([0.03])], "int8.tensor.static @ int8.row"),
+    ],
+    "frozen_grad": [
+        lambda: (torch.randn(4, 24), weight("int4.g32", 24, 96), "int4.g32", 96, torch.float32),
+        lambda: (torch.randn(2, 3, 24), weight("nf4.g32/int8.row", 24, 100), "nf4.g32/int8.row", 100, torch.float32),
+    ],
+    "frozen_grouped": [lambda: _frozen(_grouped("int4.g32", False)), lambda: _frozen(_grouped("int4.g32", True))],
+    "frozen_grouped_grad": [lambda: _frozen_grad(_grouped("int4.g32", False)), lambda: _frozen_grad(_grouped("int4.g32", True))],
 }  # fmt: skip
+
+
+def _frozen(args: Args) -> Args:
+    """What ``frozen_grouped`` takes, of what ``grouped_linear`` takes."""
+    x, _, index, packed, scheme, by_row = args
+    return x, index, packed, [], scheme, by_row
+
+
+def _frozen_grad(args: Args) -> Args:
+    x, _, index, packed, scheme, by_row = args
+    return torch.randn(x.shape[0], packed[0].shape[-2]), index, packed, scheme, by_row, x.shape[-1], torch.float32
 EACH = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
 each = pytest.mark.parametrize(("name", "make"), EACH)
-each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] != "attention"])
-each_simplified = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].simplify is not None])
-each_traced = pytest.mark.parametrize(("name", "make"), [p for p in EACH if p.values[0] != "grouped_linear"])  # that reference reads its index: no trace knows it
+each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] not in ("attention", "fp8_product", "fp8_transpose")])
+each_simplified = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].simplify is not None and not p.values[0].startswith("frozen")])  # those always become the ops of inference
+each_traced = pytest.mark.parametrize(("name", "make"), [p for p in EACH if "grouped" not in p.values[0]])  # that reference reads its index: no trace knows it
 
 
 def close(got: Any, wanted: Any) -> None:
@@ -195,7 +237,7 @@ def test_aot_eager(name, make):
 
     def fn(*given: Any) -> Any:
         out = op(*given)
-        return [t.float() + 1 for t in out] if isinstance(out, list) else out.float() * 2
+        return [t.float() + 1 for t in out] if isinstance(out, (list, tuple)) else out.float() * 2
 
     dynamic = make is not SAMPLES[name][0]
     close(torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*args), fn(*args))

@@ -10,6 +10,7 @@ from small import Net, Stack, close, graphs, said
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import qcompile
 from qcompile import train
 from qcompile.core.errors import StrictError, WeightError
 from qcompile.kernels.fp8_history import OVERFLOWS, POSITION, RING, SCALE
@@ -26,11 +27,11 @@ def compiled(model, how="tensor", lower="eager", **options):
 
 def steps(model, fast, count, start=0, rows=9, optimizer=None):
     """Losses of some steps on data that depends on the number of the step alone."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     losses = []
     for i in range(start, start + count):
         x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(i))
-        loss = (fast(x) - x.roll(1, -1)).square().mean()
+        loss = (fast(x) - 2 * x).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -44,9 +45,9 @@ def test_it_trains_as_in_float32(how):
     model = Stack(2)
     twin = copy.deepcopy(model)
     with said():
-        losses = steps(model, compiled(model, how), 12)
-    plain = steps(twin, twin, 12)
-    assert losses[-1] < 0.97 * losses[0] and all(abs(a - b) < 0.03 * b for a, b in zip(losses, plain))
+        losses = steps(model, compiled(model, how), 16, rows=64)
+    plain = steps(twin, twin, 16, rows=64)
+    assert losses[-1] < 0.9 * losses[0] and all(abs(a - b) < 0.03 * b for a, b in zip(losses, plain))
     assert losses != plain
 
 
@@ -128,7 +129,7 @@ def test_resumed_training_is_bit_exact(lower):
         torch._dynamo.reset()
         other, optimizer = start()
         other.load_state_dict(saved[0])
-        optimizer.load_state_dict(saved[1])
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
         again = compiled(other, "delayed", lower)
         train.load_state_dict(again, saved[2])
         assert steps(other, again, 3, 3, optimizer=optimizer) == want
@@ -167,7 +168,7 @@ def test_gradients_accumulate(how):
         model.zero_grad()
         for x in xs:
             fast(x).square().mean().backward()
-    tolerance = 0.1 if how == "delayed" else 1e-6
+    tolerance = 0.2 if how == "delayed" else 1e-6
     assert all(close(p.grad, a + b, tolerance) for p, a, b in zip(model.parameters(), *alone))
 
 
@@ -296,8 +297,11 @@ def test_overflows_are_counted(bad):
         after = STATE.held(model.up, ("weight", "", "fp8_forward"))
         assert y[2].isfinite().all() == (bad == 1e5) and y[0].isfinite().all()
         assert float(after[0, 0, OVERFLOWS]) == 1 and float(after[0, 0, SCALE]) == float(before[0, 0, SCALE])
-        assert train.overflows(fast) == {"up.weight": {"input": 1}}
+        assert train.overflows(fast)["up.weight"] == {"input": 1}
         assert fast(torch.randn(5, 32)).isfinite().all()
+        with torch.no_grad():
+            report = qcompile.explain(fast, torch.randn(5, 32))
+    assert any("up.weight: FP8 training met" in note and "1 times in its input" in note for note in report.notes)
 
 
 def test_emulation_is_said_once_and_refused_under_strict():

@@ -150,7 +150,7 @@ def test_twenty_steps(lower="eager"):
 
 
 def test_what_is_kept_for_the_backward():
-    """Inductor's forward graph calls our kernels on the codes, and nothing that it hands to the backward is a weight in 16 or 32 bits; nor does the backward call a kernel of the forward."""
+    """Inductor's forward graph calls our kernels on the codes, and nothing that it hands to the backward is a weight in 16 or 32 bits, which reads the codes."""
     from torch._inductor import config
 
     found = []
@@ -159,7 +159,7 @@ def test_what_is_kept_for_the_backward():
         compiled(model, lower="inductor")(x).sum().backward()
     forward, backward = found
     assert [str(n.target) for n in forward.nodes if "qcompile" in str(n.target)].count("qcompile.linear.default") == 2
-    assert not [n for n in backward.nodes if "qcompile" in str(n.target)]
+    assert [str(n.target) for n in backward.nodes if "qcompile" in str(n.target)] == ["qcompile.frozen_grad.default"]
     kept = [n.meta["val"] for n in forward.find_nodes(op="output")[0].args[0] if n is not None]
     weights = {tuple(m.weight.shape) for m in (model.up.base, model.down.base)}
     assert not [t for t in kept if t.dtype.is_floating_point and (tuple(t.shape) in weights or tuple(t.shape)[::-1] in weights)]
