@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import pathlib
 import sys
@@ -17,8 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if len(items) > 1000:
-        rest_the_heap()
+    rest_the_heap()
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # not the keywords: a folder or a parameter may be called gpu
@@ -26,10 +27,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def rest_the_heap() -> None:
-    """What the imports left is no garbage and no model, but it is most of what there is: each graph that is compiled looks through all live objects for the owners of its weights, and the tracer
-    makes the collector do so, too. Together that was a third of the time of all tests. (A model that an import made would not be found by its name any more.)"""
-    import torch._inductor.compile_fx
-
+    """What imports and collection left is no garbage and holds no weights that are compiled, but it is most of what there is: each graph that is compiled looks through all live objects for the
+    owners of its weights, and the tracer makes the collector do so, too. Together that was a third of the time of all tests. A model that a test file makes while it is imported is not found as
+    an owner afterwards: tests make theirs themselves."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a run of many tests, which would import these one by one
+        for name in ("torch._inductor.compile_fx", "transformers.modeling_utils"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

@@ -79,6 +79,7 @@ def test_resident_bytes(how, recipe):
     budget = storages(*packed(model)) + storages(*kept)
     resident = storages(*packed(model), *model.parameters(), *model.buffers())
     assert resident <= 1.1 * budget
+    gc.collect()
     alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
     big = {t.untyped_storage().data_ptr() for t in alive if t.dtype == torch.bfloat16 and t.untyped_storage().nbytes() >= 512 * 256 * 2}
     assert not big, "a copy of a 16-bit weight is still alive"

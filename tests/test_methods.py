@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small import close, said
-from tiny_models import tiny
+from tiny_models import one_layer, tiny
 
 from qcompile import sequence
 from qcompile.backend import CompiledGraph
@@ -25,14 +25,20 @@ from qcompile.replay import Unit
 from qcompile.sequence import Run, solution_key
 from qcompile.weights import TABLE
 
-LAYERS = {"llama": "num_hidden_layers", "opt": "num_hidden_layers", "gpt2": "n_layer", "bert": "num_hidden_layers", "t5": "num_layers", "mixtral": "num_hidden_layers", "vit": "num_hidden_layers"}
-MODELS = [pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}") for name in LAYERS for dtype in (torch.float32, torch.bfloat16)]
+NAMES = ("llama", "opt", "gpt2", "bert", "t5", "mixtral", "vit")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def models(*steps):
+    """Each step on every architecture in both dtypes."""
+    found = [(step, name, dtype) for step in steps for name in NAMES for dtype in DTYPES]
+    return pytest.mark.parametrize(("step", "name", "dtype"), [pytest.param(*row, id=f"{row[0]}-{row[1]}-{str(row[2])[6:]}") for row in found])
 
 
 @functools.cache
 def captured(name, dtype):
     """(model, Dynamo's graph, its arguments) of one layer on some hundred tokens."""
-    model, inputs = tiny(name, dtype, **{LAYERS[name]: 1})
+    model, inputs = tiny(name, dtype, **one_layer(name))
     g = torch.Generator().manual_seed(0)
     many = {key: torch.randn(24, *t.shape[1:], generator=g).to(t.dtype) if t.is_floating_point() else torch.randint(3, 120, (24, 16), generator=g) for key, t in inputs.items() if "mask" not in key}
     found = []
@@ -47,6 +53,7 @@ def let_go():
     """Models do not outlive this file."""
     yield
     captured.cache_clear()
+    rounded_to_nearest.cache_clear()
 
 
 def unit_of(gm, args, **options):
@@ -65,6 +72,12 @@ def solved(name, dtype, *passes, weight="int4.g32"):
     return {line.name: line.decibels for line in outcome.solved}
 
 
+@functools.cache
+def rounded_to_nearest(name, dtype):
+    """What every step is compared with."""
+    return solved(name, dtype)
+
+
 def mean(decibels):
     known = [db for db in decibels.values() if db is not None]
     return sum(known) / len(known)
@@ -78,9 +91,8 @@ def compiled(name, dtype, **options):
         return graph, [t for t in graph(*args) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("name", "dtype"), MODELS)
-@pytest.mark.parametrize("step", ["gptq", "sequential_mse", "adaround(iterations=50)"])
-def test_no_solver_is_worse_than_rounding_to_nearest(name, dtype, step, monkeypatch):
+@models("gptq", "sequential_mse", "adaround(iterations=50)")
+def test_no_solver_is_worse_than_rounding_to_nearest(step, name, dtype, monkeypatch):
     """At no site, in SQNR of its output; on one and the same input at no expert, either."""
     solver = SOLVERS[step.partition("(")[0]]
 
@@ -94,13 +106,13 @@ def test_no_solver_is_worse_than_rounding_to_nearest(name, dtype, step, monkeypa
 
     gains = []
     monkeypatch.setitem(SOLVERS, solver.name, replace(solver, fn=compare))
-    nearest, mine = solved(name, dtype), solved(name, dtype, step)
+    nearest, mine = rounded_to_nearest(name, dtype), solved(name, dtype, step)
     assert mine.keys() == nearest.keys() and all(db is None or db >= nearest[site] for site, db in mine.items())
     assert mean(mine) > mean(nearest) + 0.5 and min(gains) > 1.01 and len(gains) >= 4
 
 
-@pytest.mark.parametrize(("name", "dtype"), MODELS)
-def test_codebooks_follow_the_inputs(name, dtype, monkeypatch):
+@models("lloyd_max")
+def test_codebooks_follow_the_inputs(step, name, dtype, monkeypatch):
     """What the fit minimizes, errors times the second moment of their columns, is less than without data; and values of a weight's own lose less than a grid's."""
 
     def compare(weight, scheme, stats, **given):
@@ -109,28 +121,28 @@ def test_codebooks_follow_the_inputs(name, dtype, monkeypatch):
         gains.append(plain / mine)
         return q
 
-    fit, gains = SOLVERS["lloyd_max"], []
-    monkeypatch.setitem(SOLVERS, "lloyd_max", replace(fit, fn=functools.wraps(fit.fn)(compare)))
-    mine, nearest = solved(name, dtype, "lloyd_max", weight="lut4.g32"), solved(name, dtype)
+    fit, gains = SOLVERS[step], []
+    monkeypatch.setitem(SOLVERS, step, replace(fit, fn=functools.wraps(fit.fn)(compare)))
+    mine, nearest = solved(name, dtype, step, weight="lut4.g32"), rounded_to_nearest(name, dtype)
     assert len(gains) >= 4 and min(gains) > 0.99 and sum(gains) > len(gains)
     assert mine.keys() == nearest.keys() and mean(mine) > mean(nearest)
 
 
-@pytest.mark.parametrize(("name", "dtype"), MODELS)
-def test_awq_is_better_than_rounding_to_nearest(name, dtype):
+@models("awq")
+def test_awq_is_better_than_rounding_to_nearest(step, name, dtype):
     """On average over the sites: one with small weights for its large channels may lose a little to its kin."""
-    nearest, mine = solved(name, dtype), solved(name, dtype, "awq")
+    nearest, mine = rounded_to_nearest(name, dtype), solved(name, dtype, step)
     assert mean(mine) >= mean(nearest) and all(db is None or db > nearest[site] - 0.3 for site, db in mine.items())
 
 
-@pytest.mark.parametrize(("name", "dtype"), MODELS)
-def test_a_threshold_that_nothing_reaches_changes_no_bit(name, dtype):
-    plain, split = (compiled(name, dtype, recipe="W8A8", passes=passes) for passes in ([], ["outliers(threshold=1e9)"]))
+@models("outliers(threshold=1e9)")
+def test_a_threshold_that_nothing_reaches_changes_no_bit(step, name, dtype):
+    plain, split = (compiled(name, dtype, recipe="W8A8", passes=passes) for passes in ([], [step]))
     assert len(plain[1]) == len(split[1]) > 0 and all(torch.equal(a, b) for a, b in zip(plain[1], split[1]))
     assert all(c.outliers == 0 for c in split[0].plan.values() if isinstance(c, Choice))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("step", ["smooth", "awq"])
 @torch.no_grad()
 def test_smoothing_changes_nothing_before_it_is_rounded(name, step):
@@ -152,7 +164,7 @@ def test_smoothing_changes_nothing_before_it_is_rounded(name, step):
             assert close(y, exact, 2e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "mixtral"])  # its grouped product takes no float64
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixtral"])  # its grouped product takes no float64
 @torch.no_grad()
 def test_a_split_keeps_the_function(name, monkeypatch):
     """In float64, with weights that int8 holds exactly: outlier columns apart from the others, through the whole model."""

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import TINY, tiny
+from tiny_models import TINY, one_layer, tiny
 from torch import nn
 
 from qcompile.backend import CompiledGraph, backend, collecting
@@ -22,8 +22,6 @@ RECIPES = ("W8A8", "W4A16")
 SAMPLE = [
     ("llama", "W8A8"), ("llama", "W4A16"), ("mixtral", "W8A8"), ("mixtral", "W4A16"), ("gpt2", "W8A8"), ("bert", "W4A16"), ("opt", "W8A8"),
 ]  # fmt: skip
-LAYERS = {"gpt2": "n_layer"}
-"""What the number of layers is called where it is not num_hidden_layers."""
 REQUIRED = {
     "llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "mixtral", "qwen2_moe", "deepseek_v3", "mamba2", "bert", "roberta", "modernbert", "t5",
     "bart", "vit", "clip", "whisper",
@@ -49,7 +47,7 @@ def test_eager_lowering(name):
 @pytest.mark.parametrize(("name", "recipe"), SAMPLE)
 def test_inductor(name, recipe):
     """One layer: Inductor compiles the second as it did the first."""
-    check(*tiny(name, **{LAYERS.get(name, "num_hidden_layers"): 1}), [recipe], {})
+    check(*tiny(name, **one_layer(name)), [recipe], {})
 
 
 @pytest.mark.gpu

@@ -132,6 +132,14 @@ TINY = {
         suppress_tokens=None, begin_suppress_tokens=None)),
 }
 
+LAYERS = {"gpt2": "n_layer", "bloom": "n_layer", "t5": "num_layers"}
+"""What the number of layers is called where it is not num_hidden_layers."""
+
+
+def one_layer(name):
+    """Changes for `tiny`, where a second layer shows nothing that the first did not."""
+    return {LAYERS.get(name, "num_hidden_layers"): 1}
+
 
 @torch.no_grad()
 def tiny(name, dtype=torch.float32, seed=0, **changes):

@@ -1,17 +1,21 @@
-"""One case in a process of its own: `isolated` runs it and returns what it generated, as plain data; as a script this file is the child.
+"""One case in a process of its own: `isolated` runs it and returns what it generated, as plain data; as a script this file runs one case, too, or forks a process for each that it is told.
 
 A case is a function in a cases file: it returns a `Generated`, or (`Generated`, dict of extra results), or a dict of such parts, so that many graphs share one process.
 """
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
+import os
+import selectors
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +26,88 @@ class CaseError(AssertionError):
     """A case failed in its process; the message is the end of what it printed."""
 
 
+class Server:
+    """A process that has imported torch, Inductor and Triton and has run nothing, and forks one for each case: each is as fresh as a new one, and saves what those imports take."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
+
+    def run(self, job: dict[str, Any], timeout: float) -> int | None:
+        """Exit status of a case; None if it took too long, and then this server has ended, and its children with it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.process.stdout, selectors.EVENT_READ)
+            if not ready.select(timeout):
+                os.killpg(self.process.pid, 9)
+                self.process.wait()
+                return None
+        return int(self.process.stdout.readline() or self.process.wait())
+
+
+_server: list[Server] = []
+
+
 def isolated(fn_name: str, cases: Path | str = HERE / "cases.py", compile: bool | str = True, timeout: float = 400, **kwargs: Any) -> dict[str, Any]:
     """Run case `fn_name` of file `cases` with JSON-able `kwargs`.
 
     Returns {"kernels": [{"name", "source", and if `compile`: "config", "cubin_bytes", "shared", "registers", "stack", "spills", "ptx": {opcode: count}, "seconds"}],
-    "externs", "calls", "graphs", "source", "extra", "seconds": {"import", "codegen", "compile", "total"}}; of a case with several parts {"parts": {name: the same}, "seconds"}.
+    "externs", "calls", "graphs", "source", "extra", "seconds": {"codegen", "compile", "total"}}; of a case with several parts {"parts": {name: the same}, "seconds"}.
     `compile` is True, False, or the prefix of the names of the kernels to compile ("triton_tem"); equal kernels of several parts are compiled once.
     """
     start = time.perf_counter()
+    prefix = "triton" if compile is True else compile or ""
+    if not _server or _server[-1].process.poll() is not None:
+        _server.append(Server())
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            str(HERE / "run_case.py"),
-            fn_name,
-            str(cases),
-            str(out),
-            "--kwargs",
-            json.dumps(kwargs),
-            *(["--compile", "triton" if compile is True else compile] if compile else []),
-        ]
-        try:
-            child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired as error:
-            printed = error.stdout or b""
-            raise CaseError(
-                f"case {fn_name}: still running after {timeout} s\n{printed[-3000:].decode(errors='replace') if isinstance(printed, bytes) else printed[-3000:]}"
-            ) from None
-        if child.returncode or not out.exists():
-            raise CaseError(f"case {fn_name} ended with {child.returncode}\n{child.stdout[-6000:]}\nrepeat: {shlex.join(command).replace(str(out), '/dev/stdout')}")
+        out, log = Path(folder) / "result.json", Path(folder) / "log"
+        status = _server[-1].run({"fn_name": fn_name, "cases": str(cases), "out": str(out), "log": str(log), "kwargs": kwargs, "compile": prefix}, timeout)
+        printed = log.read_text(errors="replace") if log.exists() else ""
+        if status is None:
+            raise CaseError(f"case {fn_name}: still running after {timeout} s\n{printed[-3000:]}")
+        if status or not out.exists():
+            command = [sys.executable, __file__, fn_name, str(cases), "/dev/stdout", "--kwargs", json.dumps(kwargs), *(["--compile", prefix] if prefix else [])]
+            raise CaseError(f"case {fn_name} ended with {status}\n{printed[-6000:]}\nrepeat: {shlex.join(command)}")
         result: dict[str, Any] = json.loads(out.read_text())
     result["seconds"]["total"] = round(time.perf_counter() - start, 2)
     return result
+
+
+def serve() -> None:
+    """Jobs come in lines, and for each its exit status goes out. Nothing that differs between a CPU and the GPU that cases pretend to have may be computed here."""
+    import torch
+    import torch._inductor.codegen.triton
+    import torch._inductor.compile_fx  # noqa: F401
+    import transformers  # noqa: F401
+    import triton.runtime.cache
+    from torch._inductor.codecache import torch_key
+
+    import qcompile.backend  # noqa: F401
+
+    torch_key()  # hashes of what is installed: both read hundreds of megabytes
+    triton.runtime.cache.triton_key()
+    gc.collect()
+    gc.freeze()  # each graph that is compiled looks through the live objects for the owners of its weights; what the imports left owns none
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            os._exit(_forked(**json.loads(line)))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _forked(fn_name: str, cases: str, out: str, log: str, kwargs: dict[str, Any], compile: str) -> int:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        _child(fn_name, Path(cases), Path(out), kwargs, compile)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
 
 
 def _load(path: Path) -> Any:
@@ -65,19 +119,20 @@ def _load(path: Path) -> Any:
 
 
 def _child(fn_name: str, cases: Path, out: Path, kwargs: dict[str, Any], compile: str) -> None:
-    clock = [time.perf_counter()]
     import torch
+    import torch._inductor.config
 
     torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # no pool of processes that wait for work
 
     case = getattr(_load(cases), fn_name)
-    clock.append(time.perf_counter())
+    clock = [time.perf_counter()]
     generated = case(**kwargs)
     clock.append(time.perf_counter())
     done: dict[str, Any] = {}
     result = {"parts": {name: _part(part, compile, done) for name, part in generated.items()}} if isinstance(generated, dict) else _part(generated, compile, done)
     clock.append(time.perf_counter())
-    seconds = {name: round(b - a, 2) for name, a, b in zip(("import", "codegen", "compile"), clock[:-1], clock[1:], strict=True)}
+    seconds = {name: round(b - a, 2) for name, a, b in zip(("codegen", "compile"), clock[:-1], clock[1:], strict=True)}
     out.write_text(json.dumps({**result, "seconds": seconds}))
 
 
@@ -104,10 +159,14 @@ def _part(generated: Any, compile: str, done: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("fn_name")
-    parser.add_argument("cases", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("fn_name", nargs="?")
+    parser.add_argument("cases", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--kwargs", type=json.loads, default={})
     parser.add_argument("--compile", default="")
+    parser.add_argument("--serve", action="store_true")
     options = parser.parse_args()
-    _child(options.fn_name, options.cases, options.out, options.kwargs, options.compile)
+    if options.serve:
+        serve()
+    else:
+        _child(options.fn_name, options.cases, options.out, options.kwargs, options.compile)
