@@ -23,7 +23,7 @@ types: $(READY)
 
 # one thread for each worker: two workers on two cores would otherwise wait for each other
 unit: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup --durations=15
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py cpu

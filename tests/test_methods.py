@@ -25,6 +25,8 @@ from qcompile.replay import Unit
 from qcompile.sequence import Run, solution_key
 from qcompile.weights import TABLE
 
+pytestmark = pytest.mark.xdist_group("methods")  # a worker keeps what its cases gave
+
 NAMES = ("llama", "opt", "gpt2", "bert", "t5", "mixtral", "vit")
 DTYPES = (torch.float32, torch.bfloat16)
 

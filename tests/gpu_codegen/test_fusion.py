@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from expecttest import assert_expected_inline
 
+pytestmark = pytest.mark.xdist_group("fusion")  # a worker keeps what its cases gave
+
 Part = dict[str, Any]
 QCase = Callable[..., dict[str, Part]]
 COUNTS = {"W8A8": 10, "W8A8_STATIC": 9, "W8A16": 8, "W4A16": 8, "W4A8": 10, "FP8": 10, "FP8_TENSOR": 17, "NF4": 8, "FP4": 8}

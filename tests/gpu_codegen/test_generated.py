@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("generated")  # a worker keeps what its cases gave
+
 Isolated = Callable[..., dict[str, Any]]
 
 
