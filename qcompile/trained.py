@@ -70,6 +70,8 @@ class StateTable:
     def __init__(self) -> None:
         self._held: weakref.WeakKeyDictionary[nn.Module, dict[Key, Tensor]] = weakref.WeakKeyDictionary()
         self._homes: dict[int, tuple[weakref.ref[Tensor], weakref.ref[nn.Module], str]] = {}
+        self.alone: set[int] = set()
+        """Ids of what each process learns by itself (``reduce=False``)."""
         self._learned: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
 
     def adopt(self, p: Tensor, module: nn.Module, name: str) -> None:
@@ -142,7 +144,12 @@ class StateTable:
             key, table = id(learned), self._learned
             _, _, count = table.get(key, (None, None, None))
             count = torch.zeros((), dtype=torch.int64, device=learned.device) if count is None else count
-            table[key] = (weakref.ref(learned, lambda _: table.pop(key, None)), learned.detach().clone(), count)
+
+            def forget(_: Any) -> None:
+                table.pop(key, None)
+                self.alone.discard(key)
+
+            table[key] = (weakref.ref(learned, forget), learned.detach().clone(), count)
 
     def repair(self, parameters: Iterable[Tensor]) -> None:
         """After an optimizer's step: numbers that became negative, zero, infinite or NaN get their last healthy values back, and are counted."""
@@ -205,7 +212,7 @@ class StateTable:
 
 def _average(p: Tensor) -> None:
     """The mean gradient of what is learned over all processes: DistributedDataParallel does not know it. Right under gradient accumulation, too: the mean of a mean is itself."""
-    if p.grad is not None:
+    if p.grad is not None and id(p) not in STATE.alone:
         p.grad.copy_(compat.all_reduce(p.grad, "sum") / compat.world_size())
 
 

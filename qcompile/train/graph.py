@@ -67,16 +67,18 @@ class TrainingGraph(CompiledGraph):
             return
         read = {slot.site for slot in missing if KINDS[slot.key].needs_input}
         seen: dict[str, Tensor] = {}
+        together = self.options.training.get("reduce", True)
         if read:
             run_observed(self.matched, [concrete(a) for a in args], read, lambda site, x: seen.__setitem__(site, x.detach().clone()))
         for slot in missing:
             p = args[slot.arg]
             with compat.no_dispatch_modes(), torch.no_grad():
                 first = KINDS[slot.key].initial(slot, view(p.detach(), slot.view), seen.get(slot.site)).to(KINDS[slot.key].dtype)
-                first = compat.all_reduce(first, "max") if KINDS[slot.key].learned else first  # processes start alike; of ranges, the greatest is that of all that came
+                first = compat.all_reduce(first, "max") if KINDS[slot.key].learned and together else first  # processes start alike; of ranges, the greatest is that of all that came
                 home = STATE.home(p)
                 assert home is not None
-                STATE.put(home[0], key_of(slot, home[1]), first)
+                kept = STATE.put(home[0], key_of(slot, home[1]), first)
+                (STATE.alone.discard if together else STATE.alone.add)(id(kept))
 
     def __call__(self, *args: Any) -> Any:
         if any(slot.key == "input_range" for slot in self.slots):

@@ -293,3 +293,22 @@ def test_a_step_counts_for_its_scheme_alone():
     assert STATE.step(p, "", Scheme.parse("int4.g16")) is not None and STATE.step(p, "", Scheme.parse("int4.g8")) is None
     q = TABLE.packed(p, "", Scheme.parse("int4.g16"), "up.weight")
     assert dequantize(TABLE.record(p).entries["weight", "", "int4.g16"].qtensor()).shape == p.shape and q
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_what_each_process_learns_by_itself(reduce, monkeypatch):
+    """Two processes are pretended: the mean gradient of what is learned, unless ``reduce=False``."""
+    from qcompile import compat
+
+    model, x = Net(), torch.randn(8, 32)
+    fast = compiled(model, weight="int4.g16", train=f"qat(reduce={reduce})")
+    fast(x)
+    monkeypatch.setattr(compat, "world_size", lambda: 2)
+    monkeypatch.setattr(compat, "all_reduce", lambda t, op, group=None: 4 * t)
+    fast(x).square().sum().backward()
+    got = [p.grad.clone() for p in qcompile.parameters(fast)]
+    monkeypatch.undo()
+    for p in qcompile.parameters(fast):
+        p.grad = None
+    fast(x).square().sum().backward()
+    assert all(close(g, p.grad * (2 if reduce else 1)) for g, p in zip(got, qcompile.parameters(fast), strict=True))
