@@ -244,7 +244,7 @@ def repeated(part: Tensor, group: tuple[int, int], n: int, k: int) -> Tensor:
         if last.shape[axis]:
             parts.append(last.expand(*(size - whole * step if d == axis else -1 for d in range(-last.dim(), 0))))
         part = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-    return part
+    return part.contiguous() if type(part) is Tensor else part  # as ``spread``, which owns its memory; a graph fuses the views
 
 
 def value(part: Tensor | QTensor) -> Tensor:

@@ -285,7 +285,7 @@ def test_the_kernel_for_the_rows_at_hand(qcase: QCase, recipe: str) -> None:
         assert "tl.inline_asm_elementwise" in templates(part)[0]["source"] or recipe in ("W8A8", "FP8")
         compiled(part)
     many = kinds(parts[f"{recipe} 4096"])
-    library = {"FP8": ["per", "extern_kernels._scaled_mm"], "W4A16": ["poi", "extern_kernels.mm"], "NF4": ["poi", "poi", "extern_kernels.mm"]}  # codes, then their values in the table
+    library = {"FP8": ["per", "extern_kernels._scaled_mm"], "W4A16": ["poi", "extern_kernels.mm"], "NF4": ["poi", "extern_kernels.mm"]}
     assert many == library.get(recipe, [*quantize, "tem"])
     compiled(parts[f"{recipe} 4096"])
 
