@@ -4,10 +4,10 @@ Every row starts from the shipped checkpoint, sees the same windows of the train
 `heldout.txt` by its evaluation graph, then once more by `qcompile.quantize` of what was trained: both must give the same perplexity, or the program exits with 1.
 The teacher of distilled rows is the shipped model. Perplexities of windows of 1,024 tokens; losses of training are those of the next token, whatever the row minimizes.
 
-    python benchmarks/train.py --steps 300 --json benchmarks/results/h100/train.json
-    python benchmarks/train.py --plot benchmarks/results/h100/train.json
+    python benchmarks/train.py --steps 300 --json benchmarks/results/h200/train.json
+    python benchmarks/train.py --plot benchmarks/results/h200/train.json
 
-On an H100 a row takes about 15 seconds; on two CPU cores take `--batch 4 --context 256`, which is another experiment.
+A row takes about 35 seconds on an H200, the first of a scheme, which is compiled, two minutes; on two CPU cores take `--batch 4 --context 256`, which is another experiment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two bits a weight: rounding breaks a model, a minute of training mends it. `python examples/qat.py`
+"""Two bits a weight: rounding breaks a model, a few steps of training begin to mend it. `python examples/qat.py`
 
 The shipped language model is compiled with weights of two bits and trained as it will be quantized. The teacher is the model itself before it was rounded: token-scaled logit distillation
 (TSLD, Kim et al. 2023) pulls the student's distribution of the next token toward the teacher's. In the end `qcompile.quantize` leaves a model whose weights are codes, with nothing lost.

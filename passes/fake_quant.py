@@ -16,6 +16,7 @@ from qcompile.kernels.op import target
 
 from . import experts
 from .infra import graph_pass
+from .match import chosen
 from .observe import input_of
 from .sites import Site, example, is_transpose
 from .slots import leader, slot_inputs, slots_of, state_slot
@@ -29,10 +30,8 @@ MOMENTUM = 0.01
 def fake_quant(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Put ``fake_quant`` before every site with a Choice; fills ``gm.meta["slots"]`` with what estimators learn and ``gm.meta["kernels"]`` (site -> the estimators)."""
     builder = _Builder(gm, context)
-    for node in list(gm.graph.nodes):
-        choice = gm.meta["plan"].get(node.meta.get("site", ""))
-        if isinstance(choice, Choice):
-            builder.insert(node, gm.meta["sites"][node.meta["site"]], choice)
+    for node, site, choice in chosen(gm):
+        builder.insert(node, site, choice)
     gm.meta["slots"], gm.meta["kernels"], gm.meta["merged"] = slots_of(gm), builder.kernels, {}
     gm.meta["note"] = f"{len(builder.kernels)} linears train as they will be quantized"
     return gm
@@ -63,8 +62,8 @@ class _Builder:
         assert isinstance(source, fx.Node)
         key = (source, site.view if stacked else "", str(choice.weight))
         if key not in self._weights:
-            kind = {"step": "step", "clip": "clip", "": ""}[find_estimator(estimator).learns]
-            learned = slot_inputs(self.gm, self.context, state_slot(kind, site, choice)) if kind else []
+            learns = find_estimator(estimator).learns
+            learned = slot_inputs(self.gm, self.context, state_slot(learns, site, choice)) if learns else []
             swap = stacked and site.view == "t"  # experts lie as (E, K, N)
             readers = list(source.users)
             with self.gm.graph.inserting_before(node if not stacked else readers[0]):

@@ -14,10 +14,10 @@ from torch import fx
 from qcompile.core.errors import OptionError, Skip
 from qcompile.core.recipe import KEEP, Choice, Recipe
 from qcompile.kernels.op import target
-from qcompile.kernels.scaled_linear import spell
 
 from .infra import graph_pass
-from .lower import Builder, erase_unused_views
+from .lower import Builder, erase_unused_views, spelled
+from .match import chosen
 from .sites import Site
 from .slots import leader, slot_inputs, slot_of, slots_of
 from .training import Training
@@ -30,10 +30,8 @@ MARKS = ("recompute", "ac_graph_id")
 def frozen(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip), as ``lower`` does."""
     builder = _Frozen(gm, context)
-    for node in list(gm.graph.nodes):
-        choice = gm.meta["plan"].get(node.meta.get("site", ""))
-        if isinstance(choice, Choice):
-            builder.rewrite(node, gm.meta["sites"][node.meta["site"]], choice)
+    for node, site, choice in chosen(gm):
+        builder.rewrite(node, site, choice)
     erase_unused_views(gm.graph)
     gm.meta["slots"], gm.meta["kernels"], gm.meta["merged"] = slots_of(gm), builder.kernels, {}
     gm.meta["note"] = f"{len(builder.kernels)} frozen linears read codes, {sum(isinstance(k, Skip) for k in builder.kernels.values())} without a kernel"
@@ -56,19 +54,15 @@ class _Frozen(Builder):
 
     def _product(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
         """(..., N) float32."""
-        return graph.call_function(target("frozen_linear"), (x, weight, self._range(site, choice), _spelled(choice)))
+        return graph.call_function(target("frozen_linear"), (x, weight, self._range(site, choice), spelled(choice)))
 
     def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node | None, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
         """(S, N) float32."""
-        return graph.call_function(target("frozen_grouped"), (x, index, weight, self._range(site, choice), _spelled(choice), by_row))
+        return graph.call_function(target("frozen_grouped"), (x, index, weight, self._range(site, choice), spelled(choice), by_row))
 
     def _range(self, site: Site, choice: Choice) -> list[fx.Node]:
         static = choice.input is not None and choice.input.static
         return slot_inputs(self.gm, self.context, slot_of("range", *leader(self.gm, site, choice))) if static else []
-
-
-def _spelled(choice: Choice) -> str:
-    return str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
 
 
 def check(recipe: Recipe, settings: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from qcompile.kernels.scaled_linear import spell
 
 from . import experts, outliers
 from .infra import graph_pass
+from .match import chosen
 from .sites import CASTS, Site, example, is_transpose
 from .slots import leader, slot_inputs, slot_of, slots_of
 
@@ -30,10 +31,8 @@ from .slots import leader, slot_inputs, slot_of, slots_of
 def lower(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every site with a Choice; fills ``gm.meta["slots"]`` and ``gm.meta["kernels"]`` (site -> kernel name, or Skip)."""
     builder = Builder(gm, context)
-    for node in list(gm.graph.nodes):
-        choice = gm.meta["plan"].get(node.meta.get("site", ""))
-        if isinstance(choice, Choice):
-            builder.rewrite(node, gm.meta["sites"][node.meta["site"]], choice)
+    for node, site, choice in chosen(gm):
+        builder.rewrite(node, site, choice)
     erase_unused_views(gm.graph)
     gm.meta["slots"] = slots_of(gm)
     gm.meta["kernels"] = builder.kernels
@@ -173,8 +172,7 @@ class Builder:
         codes, scale = x, []
         if choice.input is not None:
             codes, *scale = self._quantize(graph, x, site, choice)
-        scheme = str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
-        return graph.call_function(target("grouped_linear"), (codes, scale, index, weight, scheme, by_row))
+        return graph.call_function(target("grouped_linear"), (codes, scale, index, weight, spelled(choice), by_row))
 
     def _to(self, graph: fx.Graph, y: fx.Node, dtype: torch.dtype) -> fx.Node:
         return y if dtype == torch.float32 else graph.call_method("to", (y, dtype))
@@ -200,6 +198,11 @@ class Builder:
         parts += static or [graph.call_function(operator.getitem, (node, 1 + i)) for i in range(1 if scheme.zero == "none" else 2)]
         self._quantized[key] = parts
         return parts
+
+
+def spelled(choice: Choice) -> str:
+    """The string of an op that takes either: ``input @ weight``, or the weight's scheme alone."""
+    return str(choice.weight) if choice.input is None else spell(choice.input, choice.weight)
 
 
 def kernel_for(site: Site, choice: Choice, value: Tensor) -> str | Skip:

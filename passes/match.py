@@ -32,6 +32,12 @@ def match(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     return gm
 
 
+def chosen(gm: fx.GraphModule) -> list[tuple[fx.Node, Site, Choice]]:
+    """The sites with a Choice, in the graph's order; a list, so that the graph may be rewritten on the way."""
+    found = [(node, gm.meta["plan"].get(node.meta.get("site", ""))) for node in gm.graph.nodes]
+    return [(node, gm.meta["sites"][node.meta["site"]], choice) for node, choice in found if isinstance(choice, Choice)]
+
+
 def plan_of(sites: Mapping[str, Site], recipe: Recipe, used: set[int] | None = None) -> Plan:
     """What every site gets. A model that holds codes already is left as it is by a recipe that nobody named."""
     done = recipe.implied and any(site.stored for site in sites.values())

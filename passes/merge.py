@@ -16,6 +16,7 @@ from qcompile.core.recipe import Choice
 from . import experts, outliers
 from .glu import pairs
 from .infra import graph_pass
+from .match import chosen
 from .sites import Site, example
 
 DEVICES = ("cuda", "cpu")
@@ -28,11 +29,7 @@ def merge(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     keys: dict[str, tuple[object, ...]] = {}
     refused: dict[str, Skip] = {}
     nodes: dict[str, fx.Node] = {}
-    for node in gm.graph.nodes:
-        choice = gm.meta["plan"].get(node.meta.get("site", ""))
-        if not isinstance(choice, Choice):
-            continue
-        site = gm.meta["sites"][node.meta["site"]]
+    for node, site, choice in chosen(gm):
         nodes[site.name] = node
         if (reason := _alone(node, site, choice)) is not None:
             refused[site.name] = reason

@@ -91,6 +91,11 @@ def view(parameter: Tensor, how: str) -> Tensor:
     return parameter
 
 
+def shape_of(parameter: Tensor, how: str) -> tuple[int, ...]:
+    """Shape of ``view(parameter, how)``, of sizes alone."""
+    return tuple(view(torch.empty(parameter.shape, device="meta"), how).shape)
+
+
 def is_transpose(node: fx.Node) -> bool:
     """The node swaps the last two axes of its input (the only two, for ``t`` and ``T``)."""
     value = example(node.args[0]) if node.args else None

@@ -23,13 +23,12 @@ PARTS = {
     "columns": ("columns",),
     "bias": ("correction",),
     "missed": ("missed",),
-    "state": ("state",),
 }
 """What a slot holds -> names of its placeholders, behind the name of its parameter.
 
 ``weight``: codes, scales...; ``range``: the static scale (and zero) of an input; ``smooth``: (K,) the reciprocal of the vector that multiplies the weight; ``mask``: (K,) zero at outlier
 columns; ``outliers``: (C,) their indices; ``columns``: (N, C) the weight there, in 16 bits; ``bias``: (N,) its correction; ``missed``: (1,) a counter of calls with more outliers than columns;
-``state``: what training keeps of the kind that ``key`` names, see ``qcompile/train/state.py``.
+``state``: what training keeps of the kind that ``key`` names, see ``qcompile/trained.py``.
 """
 
 

@@ -13,7 +13,7 @@ from qcompile import compat
 from qcompile.core.qtensor import quantize
 from qcompile.core.solution import Solution
 from qcompile.joined import joined
-from qcompile.passes.sites import view
+from qcompile.passes.sites import shape_of, view
 from qcompile.passes.slots import Slot
 from qcompile.sequence import use
 from qcompile.trained import KINDS, STATE
@@ -52,7 +52,7 @@ def shapes_of(slot: Slot, inputs: Sequence[Any]) -> list[Tensor]:
     p = inputs[slot.arg]
     if slot.what == "state":
         kind = KINDS[slot.key]
-        shape = kind.shape(slot, tuple(view(torch.empty(p.shape, device=p.device), slot.view).shape))
+        shape = kind.shape(slot, shape_of(p, slot.view))
         return [torch.empty(shape, dtype=kind.dtype, device=p.device, requires_grad=kind.learned)]
     record = TABLE.get(p)
     solution = record.solutions.get((slot.view, use(slot.site), slot.key)) if record is not None and slot.key else None

@@ -20,7 +20,7 @@ from qcompile.core.estimators import ESTIMATORS, grid_under
 from qcompile.core.formats import encode
 from qcompile.core.qtensor import QTensor, from_codes, grid_of, scaled
 from qcompile.core.scheme import Scheme
-from qcompile.passes.sites import view
+from qcompile.passes.sites import shape_of
 from qcompile.passes.slots import Slot
 
 
@@ -60,6 +60,8 @@ KINDS: dict[str, Kind] = {
 """``step``, ``clip``: (..., N/r, K/c) of a weight; ``input_step``, ``input_clip``: (1,) of a static input; ``input_range``: [lo, hi] of a static input whose range moves;
 ``fp8_forward``, ``fp8_backward``: (1, 2 or 1, 3 + history) of a linear, see ``kernels/fp8_history.py``."""
 
+READ_BY = {"input_step": "lsq", "input_clip": "pact", "input_range": "ste"}
+"""What fixes the range of a static input -> the estimator that reads it."""
 Key = tuple[str, str, str]
 """(name of the weight in its module, use and view, kind)."""
 
@@ -180,7 +182,7 @@ class StateTable:
         if home is None:
             return None
         for row in ESTIMATORS.values():
-            if row.learns and (found := self._held.get(home[0], {}).get((home[1], _use("", how), row.learns))) is not None and tuple(found.shape) == _grid(p, how, scheme):
+            if row.learns and (found := self._held.get(home[0], {}).get((home[1], _use("", how), row.learns))) is not None and tuple(found.shape) == scheme.grid_shape(shape_of(p, how)):
                 return row.scale(found.detach().float(), scheme)
         return None
 
@@ -196,10 +198,10 @@ class StateTable:
         """The range of a static input as training left it: (scale (1,),) or (scale, zero), float32; empty where there is none."""
         home = self.home(p)
         entries = self._held.get(home[0], {}) if home is not None else {}
-        for kind in ("input_step", "input_clip", "input_range"):
+        for kind, estimator in READ_BY.items():
             found = entries.get((home[1] if home else "", _use(site, how), kind))
             if found is not None:
-                g = grid_under(torch.empty(1, 1, device=found.device), [found.detach()], scheme, {"input_step": "lsq", "input_clip": "pact", "input_range": "ste"}[kind], True)
+                g = grid_under(torch.empty(1, 1, device=found.device), [found.detach()], scheme, estimator, True)
                 return tuple(t.reshape(1) for t in g.parts() if t is not None)
         return ()
 
@@ -225,10 +227,6 @@ def _use(site: str, how: str) -> str:
 def key_of(slot: Slot, name: str) -> Key:
     """The key of a slot's entry in the module that calls the weight ``name``. A weight that is used twice has one step, and each of its uses a range."""
     return name, _use(slot.site if slot.key.startswith(("input_", "fp8_")) else "", slot.view), slot.key
-
-
-def _grid(p: Tensor, how: str, scheme: Scheme) -> tuple[int, ...]:
-    return scheme.grid_shape(tuple(view(torch.empty(p.shape, device="meta"), how).shape))
 
 
 STATE = StateTable()

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def rest_the_heap() -> None:
     """What imports and collection left is no garbage and holds no weights that are compiled, but it is most of what there is: each graph that is compiled looks through all live objects for the
-    owners of its weights, and the tracer makes the collector do so, too. Together that was a third of the time of all tests. A model that a test file makes while it is imported is not found as
+    owners of its weights, and the tracer makes the collector do so, too. A model that a test file makes while it is imported is not found as
     an owner afterwards: tests make theirs themselves."""
     if "PYTEST_XDIST_WORKER" in os.environ:  # a run of many tests, which would import these one by one
         for name in ("torch._inductor.compile_fx", "transformers.modeling_utils"):

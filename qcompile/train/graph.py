@@ -17,7 +17,7 @@ from qcompile.core.recipe import Choice
 from qcompile.passes import TRAININGS
 from qcompile.passes.match import Plan
 from qcompile.passes.observe import run_observed
-from qcompile.passes.sites import Site, view
+from qcompile.passes.sites import Site, shape_of, view
 from qcompile.passes.slots import Slot
 from qcompile.trained import KINDS, STATE, key_of
 from qcompile.weights import GENERATION, TABLE, owners
@@ -50,18 +50,18 @@ class TrainingGraph(CompiledGraph):
 
     def _ready(self, args: Sequence[Any]) -> None:
         """Make the state that these parameters do not have yet: an estimator's first values, those of inputs from what sites read in this call."""
-        names = owners()
         missing: list[Slot] = []
-        for site in self.sites.values():
-            p = args[site.param.index]
-            if STATE.home(p) is None and id(p) in names:
+        homeless = [p for site in self.sites.values() if STATE.home(p := args[site.param.index]) is None]
+        names = owners() if homeless else {}  # looks at all live objects
+        for p in homeless:
+            if id(p) in names:
                 STATE.adopt(p, names[id(p)][0], names[id(p)][2])
         for slot in (part for s in self.slots if s.what == "state" for part in (s, *s.rest)):
             p = args[slot.arg]
             if STATE.home(p) is None:
                 raise WeightError(f"parameter {slot.path} belongs to no live module, which is where training keeps what it learns; make it a module's parameter, or train with estimators that learn nothing")
             found = STATE.get(p, slot)
-            if found is None or tuple(found.shape) != KINDS[slot.key].shape(slot, _weight(slot, p)) or found.device != p.device:
+            if found is None or tuple(found.shape) != KINDS[slot.key].shape(slot, shape_of(p, slot.view)) or found.device != p.device:
                 missing.append(slot)
         if not missing:
             return
@@ -84,10 +84,6 @@ class TrainingGraph(CompiledGraph):
         if any(slot.key == "input_range" for slot in self.slots):
             GENERATION[0] += 1  # this call moves ranges that graphs for inference read
         return super().__call__(*args)
-
-
-def _weight(slot: Slot, p: Tensor) -> tuple[int, ...]:
-    return tuple(view(torch.empty(p.shape, device="meta"), slot.view).shape)
 
 
 def _stepped(parameters: Any) -> None:
