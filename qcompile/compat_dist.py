@@ -31,7 +31,8 @@ def world_size() -> int:
 def gathered() -> dict[int, Any]:
     """id of a whole parameter -> the object by which FSDP2 gathers it from its shards, for all that are alive; empty where FSDP2 is not used."""
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
-    if module is None:
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", True)  # of all modules that were given to fully_shard
+    if module is None or not states:
         return {}
     return {id(o._unsharded_param): o for o in gc.get_objects() if type(o) is module.FSDPParam and hasattr(o, "_unsharded_param")}
 
