@@ -33,6 +33,7 @@ from qcompile.later import Later
 from qcompile.memory import guard, is_released, release
 from qcompile.missed import limit, of_no_live_linear, refusals
 from qcompile.options import DEFAULTS, PIPELINE, Options
+from qcompile.owners import owners_of
 from qcompile.passes import PASSES, TRAININGS, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
@@ -41,7 +42,7 @@ from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.settle import settle
 from qcompile.sources import sources
-from qcompile.weights import TABLE, Binding, owners
+from qcompile.weights import TABLE, Binding
 
 log = logging.getLogger("qcompile.backend")
 
@@ -234,7 +235,7 @@ class CompiledGraph:
         with self._lock:
             if any(ref() is not p for ref, p in zip(self._first, parameters)):
                 remember_code(parameters, self._code)
-                names = owners()
+                names = owners_of(args)
                 other = self._planned_for(args, names)
                 if other != self.signature:
                     return self._variant(other, key, args, names)

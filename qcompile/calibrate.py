@@ -24,13 +24,13 @@ from qcompile.core.solution import CHOSE
 from qcompile.gate import enforce
 from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
+from qcompile.owners import owners
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
 from qcompile.passes.sites import Param
 from qcompile.replay import Call, Unit, nbytes
 from qcompile.sequence import Outcome, Run, Solved
 from qcompile.statistics import Calibration
-from qcompile.weights import owners
 
 KEPT: list[Unit] = []
 """Units whose calls were recorded, for sittings to come; those of dead models are dropped."""

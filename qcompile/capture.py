@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from qcompile import compat, stored
+from qcompile.owners import owners
 from qcompile.passes.sites import Param
-from qcompile.weights import owners
 
 MUTATING = {"copy_", "add_", "sub_", "mul_", "div_", "index_copy_", "index_add_", "index_fill_", "index_put_", "scatter_", "scatter_add_", "zero_", "fill_", "masked_fill_", "clamp_"}
 MUTATING |= {"__setitem__", "setitem", "iadd", "isub", "imul"}

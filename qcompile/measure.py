@@ -140,7 +140,7 @@ class _Collector:
 
     def _owners(self, parameters: Sequence[nn.Parameter]) -> dict[int, tuple[nn.Module, str, str]]:
         """One scan of the live modules serves the whole call, unless modules were made meanwhile."""
-        from qcompile.weights import owners
+        from qcompile.owners import owners
 
         if any(id(p) not in self._scanned for p in parameters):
             self._names = owners()

@@ -11,8 +11,8 @@ from torch import nn
 from qcompile import compat
 from qcompile.core.errors import Skip
 from qcompile.core.recipe import Rule
+from qcompile.owners import owners
 from qcompile.report import KeptRow
-from qcompile.weights import owners
 
 if TYPE_CHECKING:
     from qcompile.backend import CompiledGraph

@@ -21,6 +21,7 @@ from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.core.stats import check_finite
 from qcompile.memory import is_released
+from qcompile.owners import owners
 from qcompile.passes import SOLVERS, experts, producers
 from qcompile.passes.norms import mean_before
 from qcompile.passes.sites import Site, view
@@ -28,7 +29,7 @@ from qcompile.quality import Quality, compared, head_of
 from qcompile.replay import Call, Env, Group, Unit, advance, finish, original, rows_of
 from qcompile.solve import Member, Observed, Product, analytical, complete, equalized, first_needs, inverse, needs_data, prepare, refuse_equalize, spread, then_needs
 from qcompile.watch import Watch, measured
-from qcompile.weights import TABLE, fingerprint, owners
+from qcompile.weights import TABLE, fingerprint
 
 HELD = 1 << 30
 """Bytes of dequantized weights that are kept beside the model, those of the sites last used."""

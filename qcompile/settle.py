@@ -18,6 +18,7 @@ from qcompile.core.solution import Solution
 from qcompile.gate import enforce
 from qcompile.memory import is_released
 from qcompile.options import memory_of as budget
+from qcompile.owners import owners
 from qcompile.passes import SOLVERS
 from qcompile.passes.norms import mean_before
 from qcompile.passes.producers import place, shared
@@ -28,7 +29,7 @@ from qcompile.sequence import Outcome, Run, Solved, found, keep_codes, solution_
 from qcompile.solve import Member, analytical, from_statistics, inapplicable, needs_data
 from qcompile.statistics import Calibration
 from qcompile.trained import STATE
-from qcompile.weights import TABLE, owners
+from qcompile.weights import TABLE
 
 TRAINED = "range as it was trained"
 JOINT = "solved on the rows of all experts together: a calibration file does not keep those of each"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcompile import compat
 from qcompile.core.errors import QcompileWarning, WeightError
@@ -309,40 +309,3 @@ class Binding:
             return [state_of(p) for p in read], GENERATION[0]
         versions = [] if self._inference else [p._version for p in read]
         return versions, [p.data_ptr() for p in read], GENERATION[0]
-
-
-def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, str]]:
-    """id(parameter) -> (owning module, its full name in the outermost live module, name of the parameter). One scan of the live objects.
-
-    This is how sites are called the same whether a whole model is compiled or each of its layers. ``tables`` gets the ids of the parameters of embeddings, whatever else owns them, too.
-    """
-    import gc
-
-    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and not issubclass(type(o), torch.fx.GraphModule) and "_modules" in o.__dict__]
-    parents: dict[int, tuple[nn.Module, str]] = {}
-    for module in modules:
-        for name, child in module._modules.items():
-            if child is not None and (id(child) not in parents or parents[id(child)][1] == "_orig_mod"):  # the model's own link before a wrapper's
-                parents[id(child)] = (module, name)
-
-    def full_name(module: nn.Module) -> str:
-        parts: list[str] = []
-        for _ in range(100):
-            above = parents.get(id(module))
-            if above is None:
-                break
-            module, name = above
-            parts.append(name)
-        return ".".join(part for part in reversed(parts) if part != "_orig_mod")  # a compiled module wraps the one that the model holds
-
-    names: dict[int, tuple[nn.Module, str, str]] = {}
-    for module in modules:
-        own = [(name, p) for name, p in module._parameters.items() if p is not None]
-        if own:
-            path = full_name(module)
-            if tables is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                tables |= {id(p) for _, p in own}
-            for name, p in own:
-                if id(p) not in names or len(path) > len(names[id(p)][1]):
-                    names[id(p)] = (module, path, name)
-    return names

@@ -14,13 +14,14 @@ from qcompile.calibrate import concrete
 from qcompile.core.digest import digest
 from qcompile.core.errors import WeightError
 from qcompile.core.recipe import Choice
+from qcompile.owners import owners_of
 from qcompile.passes import TRAININGS
 from qcompile.passes.match import Plan
 from qcompile.passes.observe import run_observed
 from qcompile.passes.sites import Site, shape_of, view
 from qcompile.passes.slots import Slot
 from qcompile.trained import KINDS, STATE, key_of
-from qcompile.weights import GENERATION, TABLE, owners
+from qcompile.weights import GENERATION, TABLE
 
 
 class TrainingGraph(CompiledGraph):
@@ -52,7 +53,7 @@ class TrainingGraph(CompiledGraph):
         """Make the state that these parameters do not have yet: an estimator's first values, those of inputs from what sites read in this call."""
         missing: list[Slot] = []
         homeless = [p for site in self.sites.values() if STATE.home(p := args[site.param.index]) is None]
-        names = owners() if homeless else {}  # looks at all live objects
+        names = owners_of(homeless)
         for p in homeless:
             if id(p) in names:
                 STATE.adopt(p, names[id(p)][0], names[id(p)][2])
