@@ -1,6 +1,6 @@
 """FP8 training in one line more than the loop had: forward in E4M3, backward in E5M2, moments and master weights in 8 and 16 bits. `python examples/fp8_training.py`
 
-A small Llama learns Python from nothing, twice from the same start on the same tokens: once in 16 bits with torch's AdamW, and once with every linear of its layers multiplying in FP8, scaled by
+A small Llama learns Python from nothing, twice from the same start on the same tokens: once as it is (bf16 autocast on a GPU, fp32 elsewhere) with torch's AdamW, and once with every linear of its layers multiplying in FP8, scaled by
 histories that the compiled graph itself keeps (delayed scaling; Micikevicius et al. 2022), and with FP8-LM's optimizer (Peng et al. 2023). Halfway the run is saved; a second model takes it up and
 ends bit for bit where the first did:
 
@@ -15,7 +15,7 @@ ends bit for bit where the first did:
     ...
     qcompile.train.load_state_dict(fast, saved["histories"])
 
-On a GPU of compute capability 8.9 or more the products run on FP8 tensor cores. Elsewhere, as on a CPU, they are emulated: the same numbers, slower than 16 bits, and said in a warning. The head and
+On a GPU of compute capability 8.9 or more the products run on FP8 tensor cores. Elsewhere, as on a CPU, they are emulated: the same numbers, slower, and said in a warning. The head and
 the embedding stay in 16 bits here, since only the layers are compiled; `"ignore"` does the same for a model that is compiled whole.
 """
 
@@ -46,7 +46,7 @@ def corpus(tokenizer, device: str) -> torch.Tensor:
 
 
 class Training:
-    """One model, its optimizer, and the loop. ``train``: what the layers are compiled to train in; None: eager bf16 autocast, and torch's AdamW."""
+    """One model, its optimizer, and the loop. ``train``: what the layers are compiled to train in; None: nothing, and torch's AdamW."""
 
     def __init__(self, train: str | None, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ class Training:
         for _ in (bar := tqdm(range(steps), desc=name, mininterval=1.0)):
             starts = torch.randint(len(data) - CONTEXT, (self.args.batch, 1), generator=torch.Generator().manual_seed(self.step)).to(data.device)
             ids = data[starts + torch.arange(CONTEXT, device=data.device)]
-            with torch.autocast(data.device.type, torch.bfloat16):
+            with torch.autocast(data.device.type, torch.bfloat16, enabled=data.is_cuda):  # a CPU multiplies faster in float32
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -102,8 +102,9 @@ def main() -> None:
     data = corpus(AutoTokenizer.from_pretrained(STDLIB_LM), args.device)
     half = args.steps // 2
 
+    name = "bf16" if data.is_cuda else "fp32"
     plain = Training(None, args)
-    losses16 = plain.run(data, args.steps, "bf16")
+    losses16 = plain.run(data, args.steps, name)
     how = f"fp8(scaling={args.scaling!r}, history=16)"
     with tempfile.TemporaryDirectory() as folder:
         first = Training(how, args)
@@ -116,7 +117,7 @@ def main() -> None:
 
     last = max(1, args.steps // 6)
     mean16, mean8 = (sum(losses[-last:]) / last for losses in (losses16, losses8))
-    print(f"loss of the first step {losses16[0]:.3f}; of the last {last}: bf16 {mean16:.3f}, FP8 {mean8:.3f} ({mean8 / mean16 - 1:+.1%})")
+    print(f"loss of the first step {losses16[0]:.3f}; of the last {last}: {name} {mean16:.3f}, FP8 {mean8:.3f} ({mean8 / mean16 - 1:+.1%})")
     print(f"state of the optimizer: AdamW {plain.state_bytes() / 1e6:.1f} MB, FP8AdamW {first.state_bytes() / 1e6:.1f} MB")
     met = {role: sum(counts.get(role, 0) for counts in qcompile.train.overflows(first.model).values()) for role in ("input", "weight", "gradient")}
     print(f"tensors with values beyond a scale that their history gave, in {args.steps} steps of {7 * args.layers} linears: {', '.join(f'{n} as {role}' for role, n in met.items())}; these saturate")
