@@ -66,7 +66,7 @@ def test_output_stays(released, x):
 @pytest.mark.parametrize("recipe", ["W8A8", "W4A16", "NF4"])
 def test_resident_bytes(how, recipe):
     """At most 1.1 x (packed sites + tensors kept), measured over real storages."""
-    model, inputs = tiny("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+    model, inputs = tiny("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, num_hidden_layers=1)
     fast = compiled(model, recipe=recipe, release=how == "option")
     with torch.no_grad(), graphs() as seen:
         y = fast(**inputs).logits

@@ -134,6 +134,8 @@ TINY = {
 
 LAYERS = {"gpt2": "n_layer", "bloom": "n_layer", "t5": "num_layers"}
 """What the number of layers is called where it is not num_hidden_layers."""
+EQUAL = ("llama", "mistral", "qwen3", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "mixtral", "bert", "roberta", "vit")
+"""Architectures of which all layers are equal."""
 
 
 def one_layer(name):

@@ -56,7 +56,7 @@ add = add(scaled_linear_default_1, %down.bias)""",
 
 @pytest.mark.parametrize(("recipe", "lower"), [*((name, "eager") for name in ("W8A8", "W4A16", "W4A16_GPTQ", "W8A8_SMOOTHQUANT", "NF4")), ("W8A8", "inductor")])
 def test_the_same_numbers(monkeypatch, lower, recipe):
-    model, inputs = tiny("llama")
+    model, inputs = tiny("llama", num_hidden_layers=1)
     out = {}
     for devices in ((), ("cpu",)):
         torch._dynamo.reset()

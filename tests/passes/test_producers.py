@@ -23,6 +23,8 @@ from qcompile.passes.infra import clone, run
 from qcompile.passes.observe import input_of
 from qcompile.passes.producers import Place, _by_column, apply, place, shared
 
+pytestmark = pytest.mark.xdist_group("producers")  # a worker keeps what it captured
+
 
 def found(model, *inputs, dynamic=None):
     """(graph with its sites, Dynamo's inputs)."""
