@@ -95,8 +95,9 @@ def slots_of(gm: fx.GraphModule) -> list[Slot]:
 
 def leader(gm: fx.GraphModule, site: Site, choice: Choice) -> tuple[Site, Choice]:
     """The first of a site's kin whose input is treated the same way: it lends what belongs to the input (range, vector, outlier columns) to all."""
-    for name, other in gm.meta["sites"].items():  # by the graph's own names: other parameters of one graph have other names (``CompiledGraph._planned_for``)
-        theirs = gm.meta["plan"].get(name)
-        if other.name == site.name or (name in site.kin and isinstance(theirs, Choice) and (theirs.input, theirs.methods) == (choice.input, choice.methods)):
+    plan = gm.meta["plan"]
+    for other in gm.meta["sites"].values():
+        theirs = plan[other.name]
+        if other.name == site.name or (other.name in site.kin and isinstance(theirs, Choice) and (theirs.input, theirs.methods) == (choice.input, choice.methods)):
             return other, choice if other.name == site.name else theirs
     return site, choice

@@ -37,7 +37,7 @@ from qcompile.owners import owners_of
 from qcompile.passes import PASSES, TRAININGS, Pass
 from qcompile.passes.flatten import flatten
 from qcompile.passes.infra import Step, run, text
-from qcompile.passes.match import Plan, plan_of, signature
+from qcompile.passes.match import Plan, signature
 from qcompile.passes.sites import Site, view
 from qcompile.passes.slots import Slot
 from qcompile.settle import settle
@@ -252,14 +252,10 @@ class CompiledGraph:
 
     def _planned_for(self, args: Sequence[Any], names: dict[int, tuple[nn.Module, str, str]]) -> tuple[str, ...]:
         """Signature of the plan of other parameters, which are calibrated where they have to be."""
-        gm = compat.copy_graph(self.matched)
-        sites = {name: self._renamed(site, args, names) for name, site in self.sites.items()}
-        gm.meta["sites"] = sites
-        used: set[int] = set()
-        gm.meta["plan"] = self._kept_out(sites, plan_of(sites, self.options.recipe, used))
-        self.unused -= {self.options.recipe.rules[i].pattern for i in used}
-        _, choices = self.calibrate(gm, args)
-        gm.meta["plan"] = {**gm.meta["plan"], **choices}
+        captured = self.captured if self.options.root else renamed(self.captured, args, names)
+        gm = run([PASSES[name] for name in self.pipeline], captured, Context(self.options, args, self))
+        gm.meta["plan"] = self._kept_out(gm.meta["sites"], gm.meta["plan"])
+        self.unused &= set(gm.meta["unused_rules"])
         return signature(gm)
 
     def _kept_out(self, sites: Mapping[str, Site], plan: Plan) -> Plan:

@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from qcompile.options import memory_of as budget
 from qcompile.owners import owners
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
-from qcompile.passes.sites import Param
 from qcompile.replay import Call, Unit, nbytes
 from qcompile.sequence import Outcome, Run, Solved
 from qcompile.statistics import Calibration
@@ -253,7 +253,7 @@ def renamed(captured: fx.GraphModule, args: Sequence[Any], names: Mapping[int, t
         if "param" in node.meta and id(value) in names:
             owner, path, name = names[id(value)]
             kind = node.meta["param"].kind if "stored" in node.meta else type(owner).__name__
-            node.meta["param"] = Param(node.meta["param"].index, stored.plain(path, name), kind, trained=node.meta["param"].trained)  # Dynamo guards what requires grad
+            node.meta["param"] = replace(node.meta["param"], path=stored.plain(path, name), kind=kind)  # Dynamo guards what requires grad
     return copy
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
 import torch
 from calibrated import GPTQ, Mlp, codes, compiled, rows, same_codes, solutions
 from safetensors.torch import save_file
-from small import close, said
+from small import Stack, close, said
 from tiny_models import tiny
 
 from qcompile.calibrate import KEPT, calibrate
@@ -16,6 +17,7 @@ from qcompile.core.errors import CalibrationError
 from qcompile.statistics import ALWAYS, Calibration, collect
 
 XS = [rows(40, 32, seed=i) for i in range(3)]
+EAGER = {"lower": "eager"}
 
 
 def copied(model, strict=True):
@@ -291,3 +293,22 @@ def test_options_reach_gptq():
         calibrate(compiled(one), XS, progress=False)
         calibrate(compiled(two, passes=["gptq(act_order=False)"]), XS, progress=False)
     assert not same_codes(one, two)
+
+
+@pytest.mark.parametrize("options", [{"recipe": "W8A8_STATIC"}, {"recipe": "W8A8", "passes": ["smooth"]}, {"weight": "int4.g16", "passes": ["gptq"]}], ids=["static", "smooth", "gptq"])
+def test_layers_that_share_a_graph_take_statistics_of_their_own(tmp_path, options):
+    """Compiled layer by layer from a file, as compiled whole: the first layer's names are not those of the others."""
+    x = torch.randn(64, 32)
+    model = Stack(3)
+    for i, layer in enumerate(model.layers):
+        layer.down.weight.data.mul_(10.0**i)
+    whole, twin = copy.deepcopy(model), copy.deepcopy(model)
+    with said() as texts, torch.no_grad():
+        calibrate(torch.compile(model, backend="qcompile", options=options | EAGER), [x], progress=False).save(tmp_path / "c.safetensors")
+        given = options | EAGER | {"calibration": str(tmp_path / "c.safetensors")}
+        torch._dynamo.reset()
+        truth = torch.compile(whole, backend="qcompile", options=given)(x)
+        for layer in twin.layers:
+            layer.compile(backend="qcompile", options=given)
+        assert close(twin(x), truth, 1e-5)
+    assert not [text for text in texts if "other weights" in text]
