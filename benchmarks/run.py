@@ -123,21 +123,22 @@ def overhead(layers: int, seconds: float) -> dict[str, Any]:
 
 def first_call(recipe: str, layers: int | None) -> dict[str, Any]:
     """In a process of its own: seconds, and CPU seconds, of the shipped model's first compiled call, and whether Inductor's caches served it."""
-    from torch._dynamo.utils import counters
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qcompile.compat import counters
 
     config = AutoConfig.from_pretrained(MODEL, local_files_only=True)
     config.num_hidden_layers = layers or config.num_hidden_layers
     model = AutoModelForCausalLM.from_pretrained(MODEL, config=config, dtype=torch.float32, local_files_only=True).eval()
     fast = torch.compile(model, dynamic=False) if recipe == "fp32" else quantizing(model, recipe)
     torch.compile(lambda x: x + 1)(torch.ones(8))  # Inductor's own imports and compiler probes, the same for all
-    counters.clear()
+    counters().clear()
     start, cpu = time.perf_counter(), os.times()
     with torch.no_grad():
         fast(input_ids=torch.zeros(1, 64, dtype=torch.long), use_cache=False)
     end = os.times()
     used = sum(end[:4]) - sum(cpu[:4])  # this process and the compilers it waited for
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": used, "cache_hits": counters["aot_autograd"]["autograd_cache_hit"]}
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": used, "cache_hits": counters()["aot_autograd"]["autograd_cache_hit"]}
 
 
 def compile_time(layers: int | None, repeats: int) -> dict[str, Any]:

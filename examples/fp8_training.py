@@ -1,8 +1,8 @@
-"""FP8 training in one line more than the loop had: forward in E4M3, backward in E5M2, moments and master weights in 8 and 16 bits. `python examples/fp8_training.py`
+"""FP8 training in one line more than the loop had: forward in E4M3, backward in E5M2, Adam's moments in 8 and 16 bits. `python examples/fp8_training.py`
 
-A small Llama learns Python from nothing, twice from the same start on the same tokens: once as it is (bf16 autocast on a GPU, fp32 elsewhere) with torch's AdamW, and once with every linear of its layers multiplying in FP8, scaled by
-histories that the compiled graph itself keeps (delayed scaling; Micikevicius et al. 2022), and with FP8-LM's optimizer (Peng et al. 2023). Halfway the run is saved; a second model takes it up and
-ends bit for bit where the first did:
+A small Llama learns Python from nothing, twice from the same start on the same tokens: once as it is (bf16 autocast on a GPU, fp32 elsewhere) with torch's AdamW, and once with every linear of its
+layers multiplying in FP8, scaled by histories that the compiled graph itself keeps (delayed scaling; Micikevicius et al. 2022), and with FP8-LM's optimizer (Peng et al. 2023). Halfway the run is
+saved; a second model takes it up and ends bit for bit where the first did:
 
     fast = torch.compile(model, backend="qcompile", options={"train": "fp8(scaling='delayed')"})    # or 'tensor', or 'row': the scales of now
     optimizer = FP8AdamW(model.parameters(), lr=1e-3)
@@ -16,7 +16,7 @@ ends bit for bit where the first did:
     qcompile.train.load_state_dict(fast, saved["histories"])
 
 On a GPU of compute capability 8.9 or more the products run on FP8 tensor cores. Elsewhere, as on a CPU, they are emulated: the same numbers, slower, and said in a warning. The head and
-the embedding stay in 16 bits here, since only the layers are compiled; `"ignore"` does the same for a model that is compiled whole.
+the embedding are as they were, since only the layers are compiled; `"ignore"` does the same for a model that is compiled whole.
 """
 
 from __future__ import annotations
@@ -104,25 +104,25 @@ def main() -> None:
 
     name = "bf16" if data.is_cuda else "fp32"
     plain = Training(None, args)
-    losses16 = plain.run(data, args.steps, name)
+    plain_losses = plain.run(data, args.steps, name)
     how = f"fp8(scaling={args.scaling!r}, history=16)"
     with tempfile.TemporaryDirectory() as folder:
         first = Training(how, args)
-        losses8 = first.run(data, half, "FP8")
+        fp8_losses = first.run(data, half, "FP8")
         first.save(Path(folder) / "half.pt")
-        losses8 += first.run(data, args.steps - half, "FP8, second half")
+        fp8_losses += first.run(data, args.steps - half, "FP8, second half")
         second = Training(how, args)
         second.load(Path(folder) / "half.pt")
         resumed = second.run(data, args.steps - half, "FP8, resumed")
 
     last = max(1, args.steps // 6)
-    mean16, mean8 = (sum(losses[-last:]) / last for losses in (losses16, losses8))
-    print(f"loss of the first step {losses16[0]:.3f}; of the last {last}: {name} {mean16:.3f}, FP8 {mean8:.3f} ({mean8 / mean16 - 1:+.1%})")
+    mean, mean8 = (sum(losses[-last:]) / last for losses in (plain_losses, fp8_losses))
+    print(f"loss of the first step {plain_losses[0]:.3f}; of the last {last}: {name} {mean:.3f}, FP8 {mean8:.3f} ({mean8 / mean - 1:+.1%})")
     print(f"state of the optimizer: AdamW {plain.state_bytes() / 1e6:.1f} MB, FP8AdamW {first.state_bytes() / 1e6:.1f} MB")
     met = {role: sum(counts.get(role, 0) for counts in qcompile.train.overflows(first.model).values()) for role in ("input", "weight", "gradient")}
     print(f"tensors with values beyond a scale that their history gave, in {args.steps} steps of {7 * args.layers} linears: {', '.join(f'{n} as {role}' for role, n in met.items())}; these saturate")
-    print(f"resumed halfway: {'the same losses, bit for bit' if resumed == losses8[half:] else 'OTHER losses'}; {time.perf_counter() - began:.0f} s in all")
-    if resumed != losses8[half:]:
+    print(f"resumed halfway: {'the same losses, bit for bit' if resumed == fp8_losses[half:] else 'OTHER losses'}; {time.perf_counter() - began:.0f} s in all")
+    if resumed != fp8_losses[half:]:
         raise SystemExit("the resumed run is not the one that was saved")
 
 

@@ -25,7 +25,7 @@ from qcompile.core.solution import CHOSE
 from qcompile.gate import enforce
 from qcompile.missed import functions, module_of
 from qcompile.options import memory_of as budget
-from qcompile.owners import owners
+from qcompile.owners import owners, owns
 from qcompile.passes import PASSES
 from qcompile.passes.infra import run
 from qcompile.replay import Call, Unit, nbytes
@@ -110,7 +110,7 @@ class Session:
         """``owners()``, scanned again only where a parameter among ``args`` is not known yet."""
         for p in args:
             owner, _, name = self._names.get(id(p), (None, "", ""))
-            if isinstance(p, nn.Parameter) and (owner is None or owner._parameters.get(name) is not p):
+            if isinstance(p, nn.Parameter) and not owns(owner, name, p):
                 self.tables.clear()
                 self._names = owners(self.tables)
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -51,6 +51,11 @@ def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, st
     return names
 
 
+def owns(module: nn.Module | None, name: str, p: nn.Parameter) -> TypeGuard[nn.Module]:
+    """Whether a module, if there is one, has a parameter under a name still."""
+    return module is not None and module._parameters.get(name) is p
+
+
 def owners_of(values: Iterable[Any]) -> dict[int, tuple[nn.Module, str, str]]:
     """``owners()`` for the parameters among ``values``, as the last scan found them where all are still where they were: layers that share one compiled graph are told apart without a scan for
     each. A model that was put into another one since keeps the names that its graphs were compiled under."""
@@ -59,7 +64,7 @@ def owners_of(values: Iterable[Any]) -> dict[int, tuple[nn.Module, str, str]]:
         if isinstance(p, nn.Parameter):
             ref, path, name = _LAST.get(id(p), (None, "", ""))
             module = ref() if ref is not None else None
-            if module is None or module._parameters.get(name) is not p:
+            if not owns(module, name, p):
                 return owners()
             found[id(p)] = (module, path, name)
     return found

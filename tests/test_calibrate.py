@@ -619,12 +619,12 @@ def test_no_amounts_of_memory(given):
 RULES = ["absmax", "minmax", "percentile", "moving_average", "mse", "kl", "sqnr"]
 
 
-SCHEMES = ["int8.tensor.static", "uint8.tensor.static.point"]
-EXTRA = {"plain": [], "smooth": ["smooth"], "split": ["outliers(columns=2)"]}
-
-
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("scheme", "extra"), [(SCHEMES[0], "plain"), (SCHEMES[1], "plain"), (SCHEMES[0], "smooth"), (SCHEMES[1], "split")])
+@pytest.mark.parametrize(
+    ("scheme", "extra"),
+    [("int8.tensor.static", []), ("uint8.tensor.static.point", []), ("int8.tensor.static", ["smooth"]), ("uint8.tensor.static.point", ["outliers(columns=2)"])],
+    ids=["plain", "plain with a zero", "smooth", "split with a zero"],
+)
 def test_range_rules(rule, scheme, extra):
     """The range is that of the rule on the values that the product reads: smoothed, without the outlier columns."""
     from qcompile.core.ranges import NEEDS, static_range
@@ -632,7 +632,7 @@ def test_range_rules(rule, scheme, extra):
     from qcompile.core.stats import new, update_all
 
     model = nn.Sequential(nn.Linear(32, 32))
-    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "input": scheme, "passes": [*EXTRA[extra], f"range(rule={rule!r})"], "lower": "eager"})
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "input": scheme, "passes": [*extra, f"range(rule={rule!r})"], "lower": "eager"})
     xs = [x * torch.linspace(0.2, 4, 32) for x in XS]
     sit(fast, xs)
     s = solutions(model)["0"]
@@ -641,7 +641,7 @@ def test_range_rules(rule, scheme, extra):
         x = x if s.smooth is None else x / s.smooth
         stats = update_all(stats, x if s.outliers is None else x.index_fill(1, s.outliers, 0.0))
     scale, zero = static_range(rule, stats, Scheme.parse(scheme))
-    assert rule in NEEDS and (s.smooth is not None) == (extra == "smooth") and (s.outliers is not None) == (extra == "split")
+    assert rule in NEEDS and (s.smooth is not None) == (extra == ["smooth"]) and (s.outliers is not None) == (extra == ["outliers(columns=2)"])
     torch.testing.assert_close(s.range[0], scale.reshape(1), rtol=2e-3, atol=0)
     assert len(s.range) == (1 if zero is None else 2) and (zero is None or abs(float(s.range[1]) - float(zero)) <= 1)
     with torch.no_grad():

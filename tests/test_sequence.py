@@ -9,7 +9,7 @@ import pytest
 import torch
 from calibrated import GPTQ, Broken, Mlp, check_hessians, compiled, expected, rows, same_codes, solutions, spied
 from small import Stack, close, graphs, said
-from tiny_models import one_layer, tiny
+from tiny_models import tiny
 from torch import fx, nn
 
 from qcompile import replay, sequence
@@ -509,7 +509,7 @@ def test_compiled_equals_replayed(options):
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "bert", "mixtral", "t5", "vit"])
 def test_compiled_equals_replayed_elsewhere(name):
-    model, inputs = tiny(name, **(one_layer(name) if name in ("opt", "bert", "vit") else {}))
+    model, inputs = tiny(name)
     agrees(model, inputs, {**RECIPES[1 if name == "mixtral" else 5], "lower": "eager"})  # a code that moves may send a token to another expert
 
 

@@ -143,6 +143,11 @@ def one_layer(name):
     return {LAYERS.get(name, "num_hidden_layers"): 1}
 
 
+def few_layers(name):
+    """One layer where all are equal, else as many as there are."""
+    return one_layer(name) if name in EQUAL else {}
+
+
 @torch.no_grad()
 def tiny(name, dtype=torch.float32, seed=0, **changes):
     """A model of the architecture `name` in eval mode and inputs for it; `changes` go to its configuration

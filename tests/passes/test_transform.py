@@ -9,7 +9,7 @@ import pytest
 import torch
 from captured import MATCHED, captured, context
 from small import close, graphs, said
-from tiny_models import EQUAL, one_layer, tiny
+from tiny_models import few_layers, tiny
 from torch import nn
 
 from qcompile.calibrate import calibrate
@@ -54,7 +54,7 @@ def smoothed(gm, args, keep=lambda site: True):
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2", "mixtral", "t5", "vit", "qwen3", "gpt_neox", "phi3", "falcon", "whisper"])
 def test_the_function_stays(name):
-    model, inputs = tiny(name, torch.float64, **(one_layer(name) if name in EQUAL else {}))
+    model, inputs = tiny(name, torch.float64, **few_layers(name))
     with torch.no_grad():
         gm, args = captured(lambda: model(**inputs))
         want = flat(gm(*args))
