@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
-from train_lm import part, perplexity, read_stdlib, tokens_of
+from train_lm import drop_branches, part, perplexity, read_stdlib, tokens_of
 
 import qcompile
 from qcompile.data import STDLIB_LM, stdlib_lm
@@ -121,6 +121,8 @@ class Experiment:
         """One training from the shipped checkpoint."""
         torch._dynamo.reset()
         model = copy.deepcopy(self.model)
+        hooks = drop_branches(model, self.args.dropout) if self.args.dropout else []
+        model.train()
         fast = torch.compile(model, backend="qcompile", options={**case.options, "train": case.train})
         distill = METHODS[method](self.model)
         start, losses = time.perf_counter(), []
@@ -143,7 +145,9 @@ class Experiment:
             if step % 10 == 0:
                 losses.append(truth.detach())
         seconds = time.perf_counter() - start
-        after = self.judge(fast)
+        for hook in hooks:
+            hook.remove()
+        after = self.judge(fast.eval())
         row = Row(case.name, method, after, fp32=self.fp32, steps=self.args.steps, seconds=seconds, losses=[round(float(x), 4) for x in losses])
         row.closed = (before - after) / (before - self.fp32) if before > self.fp32 else math.nan
         row.repaired = sum(qcompile.train.repaired(fast).values())
@@ -205,6 +209,7 @@ def arguments() -> argparse.Namespace:
     cli.add_argument("--batch", type=int, default=32)
     cli.add_argument("--context", type=int, default=512)
     cli.add_argument("--rate", type=float, help="the learning rate instead of the case's")
+    cli.add_argument("--dropout", type=float, default=0.0, help="on the residual branches, as the shipped model was trained (0.2 there)")
     cli.add_argument("--files", type=int, default=0, help="read this many training files only")
     cli.add_argument("--windows", type=int, default=0, help="judge by this many held-out windows only")
     cli.add_argument("--seed", type=int, default=0)
@@ -219,7 +224,7 @@ def save(experiment: Experiment, rows: Sequence[Row]) -> None:
     """Write what is known so far, and its picture."""
     args = experiment.args
     about = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "torch": torch.__version__, "python": sys.version.split()[0]}
-    settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "seed", "windows")} | {"train_tokens": len(experiment.data)}
+    settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "dropout", "seed", "windows")} | {"train_tokens": len(experiment.data)}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"about": about, "settings": settings, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     plot(rows, args.json.with_suffix(".png"))

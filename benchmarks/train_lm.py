@@ -142,13 +142,17 @@ def build_model(context: int, dropout: float, end: int) -> tuple[transformers.Ll
     config._attn_implementation = "causal"
     model = transformers.LlamaForCausalLM(config)
     model.generation_config = transformers.GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    return model, drop_branches(model, dropout) if dropout else []
+
+
+def drop_branches(model: torch.nn.Module, dropout: float) -> list[RemovableHandle]:
+    """The corpus is read dozens of times, and Llama has no dropout on its residual branches: hooks add it for the training."""
 
     def drop(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         return F.dropout(output, dropout, module.training)
 
-    # the corpus is read dozens of times, and Llama has no dropout on its residual branches: hooks add it for the training
     branches = [module for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
-    return model, [module.register_forward_hook(drop) for module in branches] if dropout else []
+    return [module.register_forward_hook(drop) for module in branches]
 
 
 def build_optimizer(model: torch.nn.Module, rate: float, device: str) -> torch.optim.AdamW:
