@@ -6,7 +6,12 @@ forwards may come before their backwards. What the forward writes (inputs and we
 that the forward writes, too, from its value before that forward.
 
 The rule (Transformer Engine's ``DelayedScaling``, algorithm "max"; Micikevicius et al. 2022, arXiv 2209.05433, section 3.1): scale = (greatest value of the format / max(ring)) / 2**margin, the old
-scale where the ring is empty. A call that met inf or NaN enters nothing (Transformer Engine lets it freeze the scale for as long as it is in the history), and is counted.
+scale where the ring is empty. It differs in two things:
+
+ * A call that met inf or NaN enters nothing, and is counted. Transformer Engine lets it freeze the scale for as long as it is in the history.
+ * max(ring) counts as 2**leap times what is usual at most, the geometric mean of the last ``RECENT`` calls; what is beyond saturates, and is counted. There are gradients a billion times the usual
+   (of a token whose hidden state is zero, which the backward of each norm multiplies by 1 / sqrt(eps)). By the maximum alone, one of them rounds all others to zero for as long as it is in the
+   history, and training of that linear stops: benchmarks/fp8_curve.py, way ``te``. A change that lasts is followed within ``RECENT`` calls. ``leap=0`` takes the maximum as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ SCALE, OVERFLOWS, POSITION, RING = range(4)
 NUMBERS, BACK = 16, 4
 """Columns of what ``fp8_scales`` gives: scales of the input, the weight and the gradient, the place in the rings, and from column BACK on their reciprocals, each at the head of four, for the
 library reads a scale where 16 bytes begin."""
+RECENT = 16
+"""Calls whose geometric mean is what is usual."""
 SLACK = 2.0**-10
 """A scale that is made of a magnitude may bring it this far beyond the greatest value, to which it rounds: no overflow."""
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -47,7 +54,15 @@ def entered(state: Tensor, scale: Tensor, position: Tensor, amax: Tensor, hi: fl
     return torch.where(column == POSITION, position[..., None], out)
 
 
-def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: bool) -> Tensor:
+def usual(ring: Tensor, written: Tensor) -> Tensor:
+    """Geometric mean of what the last ``RECENT`` calls entered in rings (..., n), of which ``written`` (...) is the last place; zeros are not counted, infinite where all are."""
+    age = torch.remainder(written[..., None] - torch.arange(ring.shape[-1], device=ring.device), ring.shape[-1])
+    kept = (age < RECENT) & (ring > 0)
+    mean = torch.where(kept, ring.clamp(min=TINY).log2(), 0.0).sum(-1) / kept.sum(-1).clamp(min=1)
+    return torch.where(kept.any(-1), mean.exp2(), torch.inf)
+
+
+def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: bool, leap: int) -> Tensor:
     """``forward`` (S, 2, L), rows of the input and the weight of S linears, ``backward`` (S, 1, L), of the output's gradient -> (S, NUMBERS) float32: their three scales, this call's place in the rings, and the
     reciprocals of the scales, so that products read them where they are.
 
@@ -55,6 +70,7 @@ def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: boo
     """
     both = torch.cat([forward, backward], 1)
     largest = both[..., RING:].amax(-1)
+    largest = torch.minimum(largest, usual(both[..., RING:], forward[:, :1, POSITION]) * 2.0**leap) if leap else largest
     largest = compat.all_reduce(largest, "max") if reduce else largest
     hi = torch.where(torch.arange(3, device=forward.device) < 2, highest(E4M3), highest(E5M2))
     scale = torch.where(largest > 0, hi / largest.clamp(min=TINY) * 2.0**-margin, both[..., SCALE])
@@ -63,12 +79,12 @@ def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: boo
     return torch.cat([scale, position, back.flatten(1)], 1)
 
 
-def scales_fake(forward: Tensor, backward: Tensor, margin: int, reduce: bool) -> Tensor:
+def scales_fake(forward: Tensor, backward: Tensor, margin: int, reduce: bool, leap: int) -> Tensor:
     """Shape and dtype of ``scales_reference``."""
     return forward.new_empty((forward.shape[0], NUMBERS))
 
 
-SCALES = Op("fp8_scales", "(Tensor forward, Tensor backward, int margin, bool reduce) -> Tensor", scales_reference, scales_fake)
+SCALES = Op("fp8_scales", "(Tensor forward, Tensor backward, int margin, bool reduce, int leap) -> Tensor", scales_reference, scales_fake)
 
 
 def record_reference(forward: Tensor, numbers: Tensor, amax: Sequence[Tensor]) -> Tensor:

@@ -60,7 +60,7 @@ class _Builder:
             (self._held[kind],) = slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest)))
         last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
         with self.gm.graph.inserting_after(last):
-            numbers = self.gm.graph.call_function(target("fp8_scales"), (self._held["fp8_forward"], self._held["fp8_backward"], self.settings["margin"], self.settings["reduce"]))
+            numbers = self.gm.graph.call_function(target("fp8_scales"), (self._held["fp8_forward"], self._held["fp8_backward"], self.settings["margin"], self.settings["reduce"], self.settings["leap"]))
         numbers.meta |= {"example_value": example(self._held["fp8_forward"]).new_empty((len(self.rows), NUMBERS)), **compat.saved_mark()}
         self._numbers = [numbers]
 
@@ -131,7 +131,7 @@ def check(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """OptionError for arguments out of range, a recipe that solves for codes, or one that is of another format."""
     if settings["scaling"] not in SCALINGS:
         raise unknown("scaling", settings["scaling"], SCALINGS, "options['train']")
-    for name, least in (("history", 1), ("margin", 0)):
+    for name, least in (("history", 1), ("margin", 0), ("leap", 0)):
         if settings[name] < least:
             raise OptionError(f"options['train']: fp8({name}=...) is {TRAINING.arguments[name][1]}, at least {least}, not {settings[name]}")
     no_methods(recipe, "training")
@@ -146,6 +146,7 @@ TRAINING = Training(
         "scaling": ("tensor", f"where scales come from: {', '.join(SCALINGS)}"),
         "history": (1024, "how many calls delayed scaling looks back"),
         "margin": (0, "how many powers of two delayed scaling leaves free above the history"),
+        "leap": (6, "how many powers of two above the usual of the last 16 calls the greatest of the history may count; what is beyond saturates; 0: no limit"),
         "reduce": (True, "whether delayed scales are one over the process group"),
     },
     check,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
 from qcompile import compat
 from qcompile.kernels import OPS
-from qcompile.kernels.fp8_history import BACK, E4M3, E5M2, NUMBERS, OVERFLOWS, POSITION, RING, SCALE, entered, scales_reference
+from qcompile.kernels.fp8_history import BACK, E4M3, E5M2, NUMBERS, OVERFLOWS, POSITION, RECENT, RING, SCALE, entered, scales_reference
 from qcompile.kernels.fp8_linear import SCALINGS, cast, kernel_for, largest
 from qcompile.kernels.op import decompositions, target
 
@@ -134,11 +136,14 @@ def test_largest():
 class Plain:
     """Delayed scaling in plain Python: one operand."""
 
-    def __init__(self, length, margin, hi, scale=1.0):
-        self.seen, self.length, self.margin, self.hi, self.scale, self.overflows = [], length, margin, hi, scale, 0
+    def __init__(self, length, margin, leap, hi, scale=1.0):
+        self.seen, self.length, self.margin, self.leap, self.hi, self.scale, self.overflows = [], length, margin, leap, hi, scale, 0
 
     def next(self):
         m = max(self.seen[-self.length :], default=0.0)
+        recent = [x for x in self.seen[-min(RECENT, self.length) :] if x > 0]
+        if self.leap and recent:
+            m = min(m, 2.0**self.leap * statistics.geometric_mean(recent))
         self.scale = self.hi / m / 2**self.margin if m > 0 else self.scale
         return self.scale
 
@@ -148,16 +153,15 @@ class Plain:
         self.seen.append(amax if finite else 0.0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-@pytest.mark.parametrize("margin", [0, 3])
-def test_scales_follow_the_rule(length, margin):
-    """Two linears over a dozen calls: the ring goes round, a call sees inf, one NaN, some nothing at all."""
+@pytest.mark.parametrize(("length", "margin", "leap"), [(1, 0, 0), (1, 3, 6), (2, 3, 0), (4, 0, 3), (4, 3, 6)])
+def test_scales_follow_the_rule(length, margin, leap):
+    """Two linears over some calls: the ring goes round, a call sees inf, one NaN, some nothing at all, one far more than usual."""
     forward, backward = torch.zeros(2, 2, RING + length), torch.zeros(2, 1, RING + length)
     forward[..., SCALE], backward[..., SCALE] = 1.0, 2.0**16
-    plain = [[Plain(length, margin, 448.0), Plain(length, margin, 448.0), Plain(length, margin, 57344.0, 2.0**16)] for _ in range(2)]
-    special = {3: float("inf"), 5: float("nan"), 7: 0.0, 8: 0.0, 9: 0.0, 10: 0.0, 11: 1e5}
-    for call in range(14):
-        numbers = scales_reference(forward, backward, margin, True)
+    plain = [[Plain(length, margin, leap, 448.0), Plain(length, margin, leap, 448.0), Plain(length, margin, leap, 57344.0, 2.0**16)] for _ in range(2)]
+    special = {3: float("inf"), 5: float("nan"), 7: 0.0, 8: 0.0, 9: 0.0, 10: 0.0, 11: 1e5, 16: 1e5}
+    for call in range(18):
+        numbers = scales_reference(forward, backward, margin, True, leap)
         assert torch.equal(numbers[:, BACK::BACK], 1 / numbers[:, :3]) and int(numbers[0, 3]) == (call + 1) % length
         amax = torch.rand(2, 3) * 10 + 0.1
         amax[1] = special.get(call, amax[1, 0])
@@ -169,7 +173,31 @@ def test_scales_follow_the_rule(length, margin):
         backward = entered(backward, numbers[:, 2:3], numbers[:, 3:4], amax[:, 2:], 57344.0)
     counts = torch.cat([forward, backward], 1)[..., OVERFLOWS]
     assert counts.tolist() == [[p.overflows for p in mine] for mine in plain] and counts.sum() > 0
-    assert (forward[..., POSITION] == 14 % length).all()
+    assert (forward[..., POSITION] == 18 % length).all()
+
+
+@pytest.mark.parametrize("length", [4, 64])
+def test_one_call_moves_scales_by_a_leap_and_a_lasting_change_is_followed(length):
+    """A call of 1e9 times the usual counts as 64 times the usual, whenever it comes; what stays is the usual soon."""
+
+    def greatest(calls, leap):
+        """What the next scales bring to the greatest value of their formats."""
+        forward, backward = torch.zeros(1, 2, RING + length), torch.zeros(1, 1, RING + length)
+        for amax in calls:
+            numbers = scales_reference(forward, backward, 0, False, leap)
+            forward = OPS["fp8_record"].reference(forward, numbers, [torch.full((2,), amax)])
+            backward = entered(backward, numbers[:, 2:3], numbers[:, 3:4], torch.full((1, 1), amax), 57344.0)
+        found = torch.tensor([448.0, 448.0, 57344.0]) / scales_reference(forward, backward, 0, False, leap)[0, :3]
+        assert torch.allclose(found, found[:1].expand(3), rtol=1e-5)
+        return float(found[0])
+
+    usual, spike = [1e-4], [1e5]
+    recent = min(RECENT, length)
+    assert greatest(20 * usual + spike, 0) == pytest.approx(1e5)
+    assert greatest(20 * usual + spike, 6) == pytest.approx(64 * 1e-4 * 1e9 ** (1 / recent), rel=1e-4)  # it is one of those that say what is usual, too
+    assert greatest(spike + 40 * usual, 6) == pytest.approx(1e-4 if length == 4 else 64e-4, rel=1e-4)
+    assert greatest(20 * usual + (recent - 1) * spike, 6) == pytest.approx(1e5 if length == 64 else 64e5 * 1e-9 ** (1 / 4), rel=1e-4)
+    assert greatest(20 * usual + recent * spike, 6) == pytest.approx(1e5)
 
 
 # --- the library ---------------------------------------------------------------------------------------------------------

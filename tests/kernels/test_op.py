@@ -113,7 +113,7 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
     ],
     "fp8_product": [lambda: (torch.randn(5, 40).to(torch.float8_e5m2), torch.rand(5, 1), torch.randn(24, 40).to(torch.float8_e4m3fn), torch.rand(24, 1), torch.float32, True)],
     "fp8_transpose": [lambda: (torch.randn(5, 40).to(torch.float8_e4m3fn), torch.randn(5, 24))],
-    "fp8_scales": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 1, 7), 1, True)],
+    "fp8_scales": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 1, 7), 1, True, 6)],
     "fp8_record": [lambda: (torch.rand(3, 2, 7), torch.rand(3, 16), list(torch.rand(3, 2)))],
     "fake_quant": [
         lambda: (torch.randn(24, 96), [torch.rand(24, 3) + 0.1], "int4.g32", "lsq", False),

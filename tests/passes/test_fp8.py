@@ -64,7 +64,7 @@ def test_delayed_scaling_reads_first_and_writes_last():
         text(gm),
         """\
 inputs: l_x_: float32[2, 5, 32], l_self_modules_q_parameters_weight__fp8_forward: float32[3, 2, 11], l_self_modules_q_parameters_weight__fp8_backward: float32[3, 1, 11]
-fp8_scales_default = qcompile.fp8_scales(l_self_modules_q_parameters_weight__fp8_forward, l_self_modules_q_parameters_weight__fp8_backward, 0, True)
+fp8_scales_default = qcompile.fp8_scales(l_self_modules_q_parameters_weight__fp8_forward, l_self_modules_q_parameters_weight__fp8_backward, 0, True, 6)
 fp8_linear_default = qcompile.fp8_linear(l_x_, %q.weight, [fp8_scales_default], [l_self_modules_q_parameters_weight__fp8_backward], 0, 0, 'delayed')  # q: e4m3.row @ e4m3.row
 getitem = getitem(fp8_linear_default, 0)
 getitem_1 = getitem(fp8_linear_default, 5)
@@ -114,6 +114,7 @@ def test_experts_keep_16_bits():
         ({"train": "fp8(scaling='column')"}, "column.*tensor"),
         ({"train": "fp8(history=0)"}, "history=.*at least 1, not 0"),
         ({"train": "fp8(margin=-1)"}, "margin=.*at least 0"),
+        ({"train": "fp8(leap=-1)"}, "leap=.*at least 0"),
         ({"train": "fp8(history='long')"}, "history"),
         ({"train": "fp8(depth=3)"}, "takes no argument 'depth'.*scaling"),
         ({"train": "fp8", "recipe": "W8A8"}, "e4m3, and recipe W8A8 quantizes weights to int8.row.*FP8"),
