@@ -141,8 +141,8 @@ def coverage() -> str:
 
 
 def train() -> str:
-    """Markdown of what training gave: `results/h200/train.json` of `train.py`, `qlora.json` of `gpu_qlora.py` and `fp8_training.json` of `gpu_train.py`."""
-    qat, qlora, fp8 = (json.loads((RESULTS / "h200" / f"{name}.json").read_text()) for name in ("train", "qlora", "fp8_training"))
+    """Markdown of what training gave: `results/h200/train.json` of `train.py`, `qlora.json` of `gpu_qlora.py` `fp8_training.json` of `gpu_train.py` and `fp8_curve.json` of `fp8_curve.py`."""
+    qat, qlora, fp8, curve = (json.loads((RESULTS / "h200" / f"{name}.json").read_text()) for name in ("train", "qlora", "fp8_training", "fp8_curve"))
     methods = list(dict.fromkeys(row["method"] for row in qat["rows"]))
     cases: dict[str, dict[str, Any]] = {}
     for row in qat["rows"]:
@@ -169,12 +169,19 @@ def train() -> str:
     for row in qlora["rows"]:
         cells = [f"{r['ms']:.0f} ms, {r['peak_gb']:.2f} GB" if (r := row.get(name)) else "" for name in ("ours", "bitsandbytes", "bitsandbytes_compiled")]
         lines.append(f"| {row['tokens']} | {'yes' if row['checkpointing'] else 'no'} | " + " | ".join(cells) + " |")
-    steps = [r for r in fp8["rows"] if "way" in r and "faster" in r]
-    plain = next(r for r in fp8["rows"] if r.get("way") == "bf16" and r["model"] == "blocks")
+    shapes = {"blocks": "four blocks of the 8B shape", "1B": "the whole 1B shape"}
+    timed = []
+    for shape, said in shapes.items():
+        plain, *others = [r for r in fp8["rows"] if r.get("model") == shape and "ms" in r]
+        timed.append(f"of {said}, bf16 {plain['ms']:.1f} ms; " + "; ".join(f"{r['way']} scaling {r['ms']:.1f} ms ({r['faster']:.2f}x)" for r in others))
+    plain, *others = curve["rows"]
+    kept = curve["settings"]
     lines += [
         "",
-        f"FP8 training of four blocks of the 8B shape, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: bf16 {plain['ms']:.1f} ms; "
-        + "; ".join(f"{r['way']} scaling {r['ms']:.1f} ms ({r['faster']:.2f}x)" for r in steps) + ".",
+        f"FP8 training, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: " + "; and ".join(timed) + ".",
+        "",
+        f"The small model from nothing, {kept['steps']:,} steps of {kept['batch']} x {kept['context']:,} tokens on one {curve['about']['device']} (`benchmarks/fp8_curve.py`), mean loss of the last {plain['span']} steps: bf16 {plain['losses'][-1]:.3f}, "
+        + ", ".join(f"{r['way']} scaling {r['losses'][-1]:.3f} ({r['losses'][-1] / plain['losses'][-1] - 1:+.1%})" for r in others) + ".",
     ]  # fmt: skip
     return "\n".join(lines)
 

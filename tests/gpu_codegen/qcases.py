@@ -279,3 +279,15 @@ def fp8_training() -> Parts:
         assert len(made.sources) == 2, "a forward and a backward"
         parts.update({f"{scaling} {which}": (parse([source]), {}) for which, source in zip(("forward", "backward"), made.sources, strict=True)})
     return parts
+
+
+def optimizer() -> Parts:
+    """A step of FP8-LM's optimizer for a bfloat16 parameter with an FP16 master."""
+    from qcompile.train.optim import Rates, _fresh, whole
+
+    p = nn.Parameter(bf16(300))
+    state = _fresh(p, "fp16")
+    made = compile_backend(
+        "inductor", lambda param, grad, *values: whole(param, grad, dict(zip(state, values)), Rates(1e-3, 0.9, 0.95, 1e-8, 0.01, False)), [p.detach(), bf16(300), *state.values()]
+    )
+    return {"step": (parse(made.sources), {})}

@@ -59,3 +59,10 @@ def test_backward_saves_codes(qcase: QCase) -> None:
     source = qcase("fp8_training", compile=False)["delayed backward"]["source"]
     taken = re.findall(r"^    (\w+) = rand_strided\((\(.*?\)), .*?dtype=torch\.(\w+)\)", source, re.M)
     assert sum(dtype == "float8_e4m3fn" for _, _, dtype in taken) == 5, taken
+
+
+def test_the_optimizer_reads_its_master(qcase: QCase) -> None:
+    """A cast to bfloat16 and back is left out of Triton code, so that a master in more bits would never equal its parameter: it is rounded by its bits."""
+    kernels = qcase("optimizer", compile=False)["step"]["kernels"]
+    masked = [k["source"] for k in kernels if re.search(r"tl\.full\(\[.*?\], -65536, tl\.int32\)", k["source"])]
+    assert len(masked) == 2 and all(".to(tl.int32, bitcast=True)" in source for source in masked)  # the largest magnitudes; the new parameter

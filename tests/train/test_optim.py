@@ -15,7 +15,7 @@ from qcompile.core.errors import OptionError, TrainingError
 from qcompile.core.formats import FORMATS, numbers
 from qcompile.data import STDLIB_LM
 from qcompile.train.optim import FP8AdamW, first_moment
-from qcompile.train.scaling import scale_for
+from qcompile.train.scaling import rounded, scale_for
 
 LARGE = ("exp_avg", "exp_avg_sq", "master")
 ALL = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -42,6 +42,20 @@ def snapshot(optimizer, p):
 def same(a, b):
     """Equal bit for bit, dtypes included."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k].reshape(-1).view(torch.uint8), b[k].reshape(-1).view(torch.uint8)) for k in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32], ids=str)
+def test_rounded_is_a_cast_there_and_back(dtype):
+    """Every exponent from far below the least value on, ties among them, and what is not finite."""
+    w = torch.ldexp(torch.randint(-(1 << 24), 1 << 24, (200_000,)).float(), torch.randint(-60, -8 if dtype is torch.float16 else 4, (200_000,)))
+    ties = torch.ldexp(torch.arange(-4096.0, 4096.0), torch.tensor(-26.0))
+    w = torch.cat([w, ties, ties * 2.0**10, ties * 2.0**20, torch.tensor([0.0, 2.0**-25, -(2.0**-25), 65504.0, 65519.0])])
+    hi = torch.finfo(dtype).max
+    want = (w.clamp(-hi, hi) if dtype.itemsize == 1 else w).to(dtype).float()
+    assert torch.equal(rounded(w, dtype), want)
+    if dtype.itemsize > 1:
+        odd = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        assert torch.equal(rounded(odd, dtype).nan_to_num(5.0), odd.to(dtype).float().nan_to_num(5.0))
 
 
 # --- one step, from the formula ------------------------------------------------------------------------------------------
