@@ -62,8 +62,7 @@ def test_output_stays(released, x):
         assert close(fast(x), truth)
 
 
-@pytest.mark.parametrize("how", ["release_weights", "option"])
-@pytest.mark.parametrize("recipe", ["W8A8", "W4A16", "NF4"])
+@pytest.mark.parametrize(("recipe", "how"), [("W8A8", "option"), ("W4A16", "release_weights"), ("NF4", "option"), ("NF4", "release_weights")])
 def test_resident_bytes(how, recipe):
     """At most 1.1 x (packed sites + tensors kept), measured over real storages."""
     model, inputs = tiny("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, num_hidden_layers=1)

@@ -51,12 +51,12 @@ def loss_of(fast, x: torch.Tensor) -> torch.Tensor:
     return (fast(x) - x.roll(1, -1)).square().mean()
 
 
-def train_steps(model: nn.Module, fast, data: list[torch.Tensor]) -> list[float]:
+def train_steps(model: nn.Module, fast, data: list[torch.Tensor], make=optimizer_of) -> list[float]:
     """Losses; a mean over the processes, which is that of the joined batch where each has its part and changes nothing where all have the same."""
     import torch.distributed as dist
 
     loss_of(fast, data[0])
-    optimizer, found = optimizer_of(model), []
+    optimizer, found = make(model), []
     for x in data:
         loss = loss_of(fast, x)
         optimizer.zero_grad()
@@ -239,10 +239,59 @@ def check_fsdp2_evaluation(rank: int) -> None:
         before = after
 
 
+class Adapted(nn.Module):
+    """A frozen linear with a low-rank adapter, and a residual."""
+
+    def __init__(self, width: int = 64, rank: int = 4) -> None:
+        super().__init__()
+        self.base = nn.Linear(width, width).requires_grad_(False)
+        self.a, self.b = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.base(x).relu() + self.b(self.a(x))
+
+
+class Adapters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Adapted() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def check_fsdp2_frozen(rank: int) -> None:
+    """A base that ``quantize`` made codes of is sharded and gathered as codes: half of their bytes lie on each process, and adapters train as in one process."""
+    import qcompile
+
+    def adapters_of(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    start, data, options = Adapters(), batches(64), {"train": "lora", "lower": "eager"}
+    for layer in start.layers:
+        qcompile.quantize(layer, "NF4", data[:1], ignore=["a", "b"], weight="nf4.g32/int8.g256", progress=False)
+    alone = copy.deepcopy(start)
+    for layer in alone.layers:
+        layer.compile(backend="qcompile", options=options)
+    wanted = train_steps(alone, alone, data, adapters_of)
+    torch._dynamo.reset()
+    model = sharded(copy.deepcopy(start), options)
+    found = train_steps(model, model, [x.chunk(2)[rank] for x in data], adapters_of)
+    assert near(found, wanted) and wanted[-1] != wanted[0]
+    codes = {name: (p, q) for (name, p), (_, q) in zip(model.named_parameters(), alone.named_parameters(), strict=True) if "parametrizations" in name}
+    assert len({name for name, (p, q) in codes.items() if q.dtype == torch.uint8}) == 2
+    assert all(2 * p.to_local().nbytes == q.nbytes and p.dtype == q.dtype and p.grad is None for p, q in codes.values())
+    assert all(p.requires_grad for name, p in model.named_parameters() if name.endswith(("a.weight", "b.weight")))
+
+
 CHECKS = {
     "ddp": lambda rank: (check_ddp(rank), torch._dynamo.reset(), check_accumulation(rank), check_buckets(rank)),
     "ddp, buckets through Inductor": lambda rank: check_buckets(rank, "inductor"),
-    "fsdp2": lambda rank: (check_fsdp2(rank), torch._dynamo.reset(), check_fsdp2_evaluation(rank)),
+    "fsdp2": lambda rank: (check_fsdp2(rank), torch._dynamo.reset(), check_fsdp2_evaluation(rank), check_fsdp2_frozen(rank)),
 }
 
 
