@@ -1,4 +1,4 @@
-"""The small model from nothing, in bfloat16 and in FP8: loss curves of the same steps. `python benchmarks/fp8_curve.py [--ways bf16 tensor delayed row lm te] [--steps 1000] [--json PATH]`.
+"""The small model from nothing, in bfloat16 and in FP8: loss curves of the same steps. `python benchmarks/fp8_curve.py [--ways bf16 again tensor delayed row lm te] [--steps 1000] [--json PATH]`.
 
 The model, data, optimizer and schedule are those of train_lm.py (6.2 M parameters, the standard library of the Python at hand), every way from the same weights over the same windows. A curve is
 the mean loss of 50 steps side by side; a way is right where no mean of its second half lies more than 1 % above bfloat16's and its held-out perplexity no more than 1 %. Noise of the comparison:
@@ -116,7 +116,7 @@ def plot(rows: list[Row], path: Path) -> None:
             apart.plot(steps, [100 * (a / b - 1) for a, b in zip(row["losses"], plain["losses"])], label=row["way"], linewidth=1)
     for y in (-100 * GOAL, 100 * GOAL):
         apart.axhline(y, color="black", linewidth=0.7, linestyle="--")
-    curves.set_ylabel("training loss, mean of 50 steps")
+    curves.set_ylabel(f"training loss, mean of {plain['span']} steps")
     apart.set_ylabel("% above bfloat16")
     for axes in (curves, apart):
         axes.set_xlabel("step")
@@ -159,7 +159,7 @@ def main() -> int:
     data = tokens_of(tokenizer, texts[: args.files] if args.files else texts, args.device)
     held = tokenizer((STDLIB_LM / "heldout.txt").read_text("utf-8"), return_tensors="pt").input_ids[0].to(args.device)
     held = held[: args.windows * args.context] if args.windows else held
-    about = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "torch": torch.__version__, "train_tokens": len(data)}
+    about = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "torch": torch.__version__, "train_tokens": len(data), "corpus": args.corpus.name if args.corpus else "the standard library at hand"}
     settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "rate", "dropout", "seed")}
     print(json.dumps({**about, **settings}), flush=True)
     rows: list[Row] = []

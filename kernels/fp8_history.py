@@ -11,7 +11,7 @@ scale where the ring is empty. It differs in two things:
  * A call that met inf or NaN enters nothing, and is counted. Transformer Engine lets it freeze the scale for as long as it is in the history.
  * max(ring) counts as 2**leap times what is usual at most, the geometric mean of the last ``RECENT`` calls; what is beyond saturates, and is counted. There are gradients a billion times the usual
    (of a token whose hidden state is zero, which the backward of each norm multiplies by 1 / sqrt(eps)). By the maximum alone, one of them rounds all others to zero for as long as it is in the
-   history, and training of that linear stops: benchmarks/fp8_curve.py, way ``te``. A change that lasts is followed within ``RECENT`` calls. ``leap=0`` takes the maximum as it is.
+   history, and training of that linear stops: benchmarks/results/h200/fp8_curve_leap0.json. A change that lasts is followed within ``RECENT`` calls. ``leap=0`` takes the maximum as it is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def entered(state: Tensor, scale: Tensor, position: Tensor, amax: Tensor, hi: fl
 
 
 def usual(ring: Tensor, written: Tensor) -> Tensor:
-    """Geometric mean of what the last ``RECENT`` calls entered in rings (..., n), of which ``written`` (...) is the last place; zeros are not counted, infinite where all are."""
+    """Geometric mean of what the last ``RECENT`` calls entered in rings (..., n), of which ``written`` (...) is the last place; zeros are not counted, infinite where all are. Of gradients that are still to come, after several forwards, the places
+    hold what was entered a whole ring ago."""
     age = torch.remainder(written[..., None] - torch.arange(ring.shape[-1], device=ring.device), ring.shape[-1])
     kept = (age < RECENT) & (ring > 0)
     mean = torch.where(kept, ring.clamp(min=TINY).log2(), 0.0).sum(-1) / kept.sum(-1).clamp(min=1)
@@ -66,7 +67,7 @@ def scales_reference(forward: Tensor, backward: Tensor, margin: int, reduce: boo
     """``forward`` (S, 2, L), rows of the input and the weight of S linears, ``backward`` (S, 1, L), of the output's gradient -> (S, NUMBERS) float32: their three scales, this call's place in the rings, and the
     reciprocals of the scales, so that products read them where they are.
 
-    ``reduce`` takes the maxima over all processes of the default group, where there is one: one collective for all linears.
+    ``reduce`` takes the maxima over all processes of the default group, where there is one: one collective for all linears. Each is limited by what is usual on its own process before.
     """
     both = torch.cat([forward, backward], 1)
     largest = both[..., RING:].amax(-1)

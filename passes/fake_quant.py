@@ -67,14 +67,17 @@ class _Builder:
             swap = stacked and site.view == "t"  # experts lie as (E, K, N)
             readers = list(source.users)
             with self.gm.graph.inserting_before(node if not stacked else readers[0]):
-                w = self._call(torch.transpose, source, -1, -2) if swap else source
+                own = source if stacked else self._without_casts(source)
+                w = self._call(torch.transpose, own, -1, -2) if swap else own
                 out = self._call(target("fake_quant"), w, learned, str(choice.weight), estimator, False)
-                self._weights[key] = self._call(torch.transpose, out, -1, -2) if swap else out
+                out = self._call(torch.transpose, out, -1, -2) if swap else out
+                self._weights[key] = out if own is source else self._to(out, example(source).dtype)
             if stacked:  # whatever selects or transposes the experts on the way reads the rounded ones
                 for reader in readers:
                     reader.replace_input_with(source, self._weights[key])
         if not stacked:
             node.args = (node.args[0], self._weights[key], *node.args[2:])
+            self._erase(source)
 
     def _input(self, node: fx.Node, site: Site, choice: Choice, estimator: str) -> None:
         x, scheme = input_of(node), choice.input
@@ -85,11 +88,47 @@ class _Builder:
         key = (x, str(scheme), estimator, first.name if scheme.static else "", by_column)
         if key not in self._inputs:
             with self.gm.graph.inserting_before(node):
-                rows = self._call(torch.transpose, x, -1, -2) if by_column else x
+                rows = self._call(torch.transpose, x, -1, -2) if by_column else self._read(x, node)
                 learned = self._range(rows, first, theirs, estimator) if scheme.static else []
                 out = self._call(target("fake_quant"), rows, learned, str(scheme), estimator, True)
                 self._inputs[key] = self._call(torch.transpose, out, -1, -2) if by_column else out
         node.replace_input_with(x, self._inputs[key])
+
+    def _without_casts(self, weight: fx.Node) -> fx.Node:
+        """A linear's weight as the parameter holds it, seen alike: codes are made of that, and a model may cast it on the way. The node itself where nothing is cast."""
+        steps: list[fx.Node] = []
+        node: Any = weight
+        while node.op != "placeholder":
+            steps.append(node)
+            node = node.args[0]
+        dtypes = [getattr(example(n), "dtype", None) for n in (*steps, node)]
+        if None in dtypes or len(set(dtypes)) == 1:
+            return weight
+        for step, after, before in zip(reversed(steps), reversed(dtypes[:-1]), reversed(dtypes[1:]), strict=True):
+            if after != before:
+                continue
+            value = example(step).to(dtypes[-1])
+            node = self.gm.graph.create_node(step.op, step.target, (node, *step.args[1:]), dict(step.kwargs))
+            node.meta["example_value"] = value
+        made: fx.Node = node
+        return made
+
+    def _erase(self, node: Any) -> None:
+        """Casts and views that nobody reads any more."""
+        while node.op != "placeholder" and not node.users:
+            unread, node = node, node.args[0]
+            self.gm.graph.erase_node(unread)
+
+    def _read(self, x: fx.Node, node: fx.Node) -> fx.Node:
+        """Under autocast a linear reads its input in another dtype than it gets: that cast comes before the rounding, as in ``lower``."""
+        given, wanted = example(x), example(node)
+        same = given is None or wanted is None or given.dtype == wanted.dtype or not given.dtype.is_floating_point
+        return x if same else self._to(x, wanted.dtype)
+
+    def _to(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        cast = self.gm.graph.call_method("to", (x, dtype))
+        cast.meta["example_value"] = example(x).to(dtype)
+        return cast
 
     def _range(self, x: fx.Node, site: Site, choice: Choice, estimator: str) -> list[fx.Node]:
         """What fixes the range of a static input: learned, or a moving range of what came, ``[lo, hi]``, which this call enters first."""

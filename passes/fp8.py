@@ -132,13 +132,16 @@ def check(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     if settings["scaling"] not in SCALINGS:
         raise unknown("scaling", settings["scaling"], SCALINGS, "options['train']")
     for name, least in (("history", 1), ("margin", 0), ("leap", 0)):
-        if settings[name] < least:
-            raise OptionError(f"options['train']: fp8({name}=...) is {TRAINING.arguments[name][1]}, at least {least}, not {settings[name]}")
+        if not least <= settings[name] <= MOST.get(name, settings[name]):
+            most = f" and at most {MOST[name]}" if name in MOST else ""
+            raise OptionError(f"options['train']: fp8({name}=...) is {TRAINING.arguments[name][1]}, at least {least}{most}, not {settings[name]}")
     no_methods(recipe, "training")
     if recipe.weight != KEEP and Scheme.parse(recipe.weight).fmt.native is not E4M3:
         raise OptionError(f"options['train']: fp8 multiplies in e4m3, and recipe {recipe.name} quantizes weights to {recipe.weight}; name no recipe, which means {TRAINING.recipe}, or one of e4m3 weights")
 
 
+MOST = {"margin": 64, "leap": 64}
+"""Powers of two beyond which a scale has no value in float32 any more."""
 TRAINING = Training(
     "fp8",
     fp8,

@@ -43,6 +43,7 @@ class Stored(nn.Module):
     def __init__(self, spec: Spec, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self.spec = spec
+        self.scheme = str(spec.choice.weight)  # made here: Dynamo cannot trace how
         self._first: list[Tensor] | None = list(tensors)
 
     def parts(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -57,7 +58,7 @@ class Stored(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """The weight in its own dtype and orientation."""
         weight, smooth, outliers, _ = self.parts(tensors)
-        w: Tensor = target("stored")(weight, smooth, outliers, str(self.spec.choice.weight), self.spec.k, tensors[-1].dtype)
+        w: Tensor = target("stored")(weight, smooth, outliers, self.scheme, self.spec.k, tensors[-1].dtype)
         return w.transpose(-1, -2) if self.spec.transposed else w
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:

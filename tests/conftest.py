@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -25,11 +26,10 @@ def link_fast() -> None:
     gold = shutil.which("ld.gold")
     if gold is None or "COMPILER_PATH" in os.environ:
         return
-    folder = pathlib.Path(tempfile.gettempdir()) / f"qcompile_ld_{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        (folder / "ld").symlink_to(gold)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="qcompile_ld_"))
+    (folder / "ld").symlink_to(gold)
     os.environ["COMPILER_PATH"] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 link_fast()

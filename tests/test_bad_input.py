@@ -78,6 +78,20 @@ def test_meta_parameters(x):
         assert close(compiled(model)(x), rounded(model)(x))
 
 
+def test_one_parameter_moved_to_another_device(x):
+    """The call says whose it is; moved back it is right again, with its new values."""
+    model = Net()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(x)
+        kept = model.up.weight
+        model.up.weight = nn.Parameter(kept.to("meta"))
+        with pytest.raises(Exception, match=r"meta"):
+            fast(x)
+        model.up.weight = nn.Parameter(kept * 2)
+        assert close(fast(x), rounded(model)(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_that_is_cast_after_compiling(dtype, x):
     model = Net()

@@ -85,6 +85,16 @@ def test_compiled_reads_the_codes(lower):
 
 
 @torch.no_grad()
+def test_scales_that_are_quantized_too():
+    """A scheme within a scheme: one graph, in which the codes are a linear's."""
+    model, x = Net(), torch.randn(5, 32)
+    qcompile.quantize(model, "NF4", [x], weight="nf4.g32/int8.g256", progress=False)
+    with torch.no_grad(), graphs() as seen:
+        y = torch.compile(model, backend="qcompile", options=EAGER, fullgraph=True)(x)
+    ((graph, _),) = seen
+    assert close(y, model(x), 1e-5) and [str(c.weight) for c in graph.plan.values()] == ["nf4.g32/int8.g256"] * 2
+
+
 def simulated(model, inputs, scheme):
     """Eager, with the input of every stored linear rounded as a kernel would."""
     scheme = Scheme.parse(scheme)

@@ -45,6 +45,15 @@ def test_quantized_inputs(recipe, shape):
     assert y.shape == truth.shape and y.dtype == truth.dtype and close(y, truth, 0.3 if recipe == "W4A8" else 0.1)
 
 
+def test_quantized_inputs_of_no_rows_through_inductor():
+    model = Net()
+    with torch.no_grad():
+        fast = compiled(model, recipe="W8A8", lower="inductor", dynamic=False)
+        assert fast(torch.randn(0, 32)).shape == (0, 32)
+        x = torch.randn(3, 32)
+        assert close(fast(x), model(x), 0.1)
+
+
 @pytest.mark.parametrize("lower", ["eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_dynamic(dynamic, lower):

@@ -175,14 +175,14 @@ def _store(scale: Tensor, scheme: Scheme, name: str, dtype: torch.dtype | None) 
     most = torch.finfo(dtype).max
     flat = flat.clamp(-most, most)
     if dtype == torch.bfloat16 and type(flat) not in (Tensor, torch.nn.Parameter):  # Inductor computes through casts to 16 bits and back as if they were not there
-        flat = nearest_bfloat16(flat)
+        flat = nearest(flat.float(), 16)
     return flat.to(dtype).contiguous()
 
 
-def nearest_bfloat16(x: Tensor) -> Tensor:
-    """Finite float32 values rounded to the nearest value of bfloat16, ties to even, as float32, by their bits."""
-    bits = x.float().view(torch.int32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+def nearest(x: Tensor, drop: int) -> Tensor:
+    """Finite float32 values rounded to the nearest one whose last ``drop`` bits are zero, ties to even: 16 for bfloat16, 13 for float16 above its subnormal values."""
+    bits = x.view(torch.int32)
+    return ((bits + ((1 << drop - 1) - 1) + ((bits >> drop) & 1)) & -(1 << drop)).view(torch.float32)
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from qcompile.core.errors import OptionError, TrainingError, unknown
 from qcompile.core.formats import FORMATS
 
-from .scaling import greatest, rounded, scale_for
+from .scaling import greatest, round_to_dtype, scale_for
 from .sharded import local_of, maximum_over_shards, sharded_like
 
 E4M3 = FORMATS["e4m3"].dtype
@@ -72,7 +72,7 @@ def advance(param: Tensor, grad: Tensor, state: dict[str, Tensor], rates: Rates)
     w = param if param.dtype == torch.float64 else param.float()
     if "master" in state:
         master = state["master"].float() * state["master_scale"]
-        w = torch.where(rounded(master, param.dtype) == w, master, w)
+        w = torch.where(round_to_dtype(master, param.dtype) == w, master, w)
     w = w * (1 - rates.lr * rates.weight_decay) - rates.lr * (m / correction1) / ((v / correction2).sqrt() + rates.eps)
     bad = ~(g.isfinite().all() & w.isfinite().all())
     return Wide(m, v, w, torch.stack([bad.float(), greatest(m), greatest(v), greatest(w)]))
@@ -91,7 +91,7 @@ def store(param: Tensor, state: dict[str, Tensor], new: Wide, beta1: float) -> d
     if "master" in state:
         full = state["master"].dtype == torch.float32
         out["master_scale"] = torch.ones_like(state["master_scale"]) if full else scale_for(new.maxima[3], FP16_MAX)
-        w = rounded(w / out["master_scale"], state["master"].dtype)
+        w = round_to_dtype(w / out["master_scale"], state["master"].dtype)
         out["master"], w = w.to(state["master"].dtype), w * out["master_scale"]
     out["param"] = cast(w, param.dtype)
     before = {**state, "param": param}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.core.qtensor import nearest
+
 LEAST = 2.0**-126
 """The least scale: that of a tensor of zeros."""
 
@@ -21,18 +23,16 @@ def scale_for(amax: Tensor, greatest: float) -> Tensor:
     return (((bits >> 23) + up.to(torch.int32)) << 23).view(torch.float32)
 
 
-def rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``w`` rounded to what a dtype can hold, nearest even, still in float32; saturating in FP8, and in float16 for magnitudes below 65520 only.
 
-    A cast there and back would do, but in Triton code Inductor leaves such casts out for 16 bits: kernels compute in float32 (seen in torch 2.11 and 2.13). So these are rounded by arithmetic.
+    A cast there and back would do, but Inductor leaves such casts out for 16 bits: its kernels compute in float32 (seen in torch 2.11 and 2.13). So these are rounded by arithmetic.
     """
     if dtype.itemsize == 1:
         return w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).float()
     if dtype not in (torch.bfloat16, torch.float16):
         return w
-    drop = 16 if dtype is torch.bfloat16 else 13  # bits of float32's mantissa that the dtype lacks
-    bits = w.view(torch.int32)
-    near = ((bits + ((1 << drop - 1) - 1) + ((bits >> drop) & 1)) & -(1 << drop)).view(torch.float32)
+    near = nearest(w, 16 if dtype is torch.bfloat16 else 13)
     if dtype is torch.bfloat16:
         return torch.where(w.isfinite(), near, w)
     least = torch.where(w < 0, w - 0.75 + 0.75, w + 0.75 - 0.75)  # below 2**-14 steps are 2**-24, as those of float32 are between 0.5 and 1

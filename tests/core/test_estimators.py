@@ -8,7 +8,7 @@ import torch
 from qcompile.core.errors import OptionError
 from qcompile.core.estimators import ESTIMATORS, ends, fake_quantize, find_estimator, gradients
 from qcompile.core.formats import FORMATS
-from qcompile.core.qtensor import dequantize, nearest_bfloat16, quantize
+from qcompile.core.qtensor import dequantize, nearest, quantize
 from qcompile.core.scheme import Scheme
 from qcompile.kernels.op import target
 from qcompile.kernels.quantize import reference as quantized
@@ -99,9 +99,9 @@ def test_the_op_under_inductor_with_ugly_sizes(activation):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(wanted, got, strict=True))
 
 
-def test_nearest_bfloat16():
+def test_nearest():
     x = torch.randn(100_000) * torch.exp(torch.randn(100_000) * 20)
-    assert torch.equal(nearest_bfloat16(x), x.bfloat16().float())
+    assert torch.equal(nearest(x, 16), x.bfloat16().float())
 
 
 def test_refusals():

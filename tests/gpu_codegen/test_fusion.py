@@ -191,7 +191,7 @@ def test_experts_of_mixtral(qcase: QCase, form: str, recipe: str) -> None:
     """Sorted rows and one expert for each row: two grouped products, in 16 bits out, that compile and keep their registers."""
     part = qcase("experts", compile="triton_tem")[f"{form} {recipe}"]
     grouped = [row for row in templates(part) if "grouped_linear" in row["name"]]
-    assert len(grouped) == 2
+    assert len(grouped) == 2 and not [name for name in part["calls"] if "dequantize" in name]  # nobody makes 16-bit experts
     assert all("INDEX" in row["source"] and "fp32" not in stored(row) for row in grouped)
     if recipe == "W8A8":
         assert all(row["ptx"]["mma.sync*.s8"] + row["ptx"]["wgmma.mma_async*.s8"] > 0 for row in grouped)

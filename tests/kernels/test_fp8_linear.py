@@ -176,9 +176,9 @@ def test_scales_follow_the_rule(length, margin, leap):
     assert (forward[..., POSITION] == 18 % length).all()
 
 
-@pytest.mark.parametrize("length", [4, 64])
+@pytest.mark.parametrize("length", [4, 20, 64])
 def test_one_call_moves_scales_by_a_leap_and_a_lasting_change_is_followed(length):
-    """A call of 1e9 times the usual counts as 64 times the usual, whenever it comes; what stays is the usual soon."""
+    """A call of 1e9 times the usual counts as 64 times the usual, which it raises itself for 16 calls, whenever it comes; what stays is the usual soon. A ring of 20 has gone round."""
 
     def greatest(calls, leap):
         """What the next scales bring to the greatest value of their formats."""
@@ -195,8 +195,8 @@ def test_one_call_moves_scales_by_a_leap_and_a_lasting_change_is_followed(length
     recent = min(RECENT, length)
     assert greatest(20 * usual + spike, 0) == pytest.approx(1e5)
     assert greatest(20 * usual + spike, 6) == pytest.approx(64 * 1e-4 * 1e9 ** (1 / recent), rel=1e-4)  # it is one of those that say what is usual, too
-    assert greatest(spike + 40 * usual, 6) == pytest.approx(1e-4 if length == 4 else 64e-4, rel=1e-4)
-    assert greatest(20 * usual + (recent - 1) * spike, 6) == pytest.approx(1e5 if length == 64 else 64e5 * 1e-9 ** (1 / 4), rel=1e-4)
+    assert greatest(spike + 40 * usual, 6) == pytest.approx(1e-4 if length < 41 else 64e-4, rel=1e-4)
+    assert greatest(20 * usual + (recent - 1) * spike, 6) == pytest.approx(1e5 if length > RECENT else 64e5 * 1e-9 ** (1 / 4), rel=1e-4)
     assert greatest(20 * usual + recent * spike, 6) == pytest.approx(1e5)
 
 

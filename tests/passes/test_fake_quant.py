@@ -53,6 +53,46 @@ def fast(model, **options):
     return torch.compile(model, backend="qcompile", options={"train": "qat", "lower": "eager", **options}, fullgraph=True)
 
 
+class Cast(nn.Module):
+    """A weight that its model casts and transposes on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(32, 48))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.w.to(x.dtype).t())
+
+
+def test_a_weight_is_rounded_as_the_parameter_holds_it(trained):
+    """Codes are made of the parameter, not of what is left of it in 16 bits; evaluation reads the same."""
+    model, x = Cast(), torch.randn(5, 32, dtype=torch.bfloat16)
+    f = fast(model, weight="int4.g32", recipe="W4A16")
+    y = f(x).detach()
+    assert_expected_inline(
+        text(trained[0].lowered).replace("l_self_parameters_", ""),
+        """\
+inputs: l_x_: bfloat16[5, 32], w__step: float32[48, 1]
+t_1 = %w.t()
+fake_quant_default = qcompile.fake_quant(t_1, [w__step], 'int4.g32', 'lsq', False)
+to_1 = fake_quant_default.to(bfloat16)
+linear = linear(l_x_, to_1, None)  # w: int4.g32
+return (linear,)""",
+    )
+    with torch.no_grad():
+        assert float((f(x) - y).float().norm()) <= 4e-3 * float(y.float().norm())
+
+
+def test_inputs_are_rounded_in_the_dtype_in_which_they_are_read(trained):
+    model, x = Gated(), torch.randn(5, 32)
+    f = fast(model, recipe="W4A8")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = f(x).detach()
+        with torch.no_grad():
+            assert float((f(x) - y).float().norm()) <= 1.5e-2 * float(y.float().norm())
+    assert "to = l_x_.to(bfloat16)\nfake_quant_default_1 = qcompile.fake_quant(to, [], 'int8.row', 'ste', True)" in lines(trained[0])
+
+
 def test_graph(trained):
     fast(Gated(), recipe="W4A8")(torch.randn(5, 32))
     assert_expected_inline(

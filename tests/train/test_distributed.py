@@ -264,7 +264,10 @@ class Adapters(nn.Module):
 
 def check_fsdp2_frozen(rank: int) -> None:
     """A base that ``quantize`` made codes of is sharded and gathered as codes: half of their bytes lie on each process, and adapters train as in one process."""
+    from small import graphs
+
     import qcompile
+    from qcompile.core.recipe import Choice
 
     def adapters_of(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -280,12 +283,16 @@ def check_fsdp2_frozen(rank: int) -> None:
     wanted = train_steps(alone, alone, data, adapters_of)
     torch._dynamo.reset()
     model = sharded(copy.deepcopy(start), options)
-    found = train_steps(model, model, [x.chunk(2)[rank] for x in data], adapters_of)
-    assert near(found, wanted) and wanted[-1] != wanted[0]
+    with graphs() as seen:
+        found = train_steps(model, model, [x.chunk(2)[rank] for x in data], adapters_of)
+    assert all([str(c) for c in graph.plan.values() if isinstance(c, Choice)] == ["nf4.g32/int8.g256"] for graph, _ in seen) and seen
+    assert near(found, wanted)
     codes = {name: (p, q) for (name, p), (_, q) in zip(model.named_parameters(), alone.named_parameters(), strict=True) if "parametrizations" in name}
     assert len({name for name, (p, q) in codes.items() if q.dtype == torch.uint8}) == 2
     assert all(2 * p.to_local().nbytes == q.nbytes and p.dtype == q.dtype and p.grad is None for p, q in codes.values())
-    assert all(p.requires_grad for name, p in model.named_parameters() if name.endswith(("a.weight", "b.weight")))
+    adapters = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    assert len(adapters) == 4 and not any(torch.equal(p, start.get_parameter(name)) for name, p in adapters.items())
+    assert all(torch.allclose(p, alone.get_parameter(name), rtol=1e-3, atol=1e-5) for name, p in adapters.items())
 
 
 CHECKS = {

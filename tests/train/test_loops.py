@@ -65,7 +65,7 @@ def losses(made: Trainer) -> list[float]:
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize(("recipe", "how"), [*((recipe, "in place") for recipe in RECIPES), ("W4A16 qat", "by name")])
+@pytest.mark.parametrize(("recipe", "how"), [*((recipe, "in place") for recipe in RECIPES), ("W4A16 qat", "by name"), ("fp8 delayed", "by name")])
 def test_trainer_trains_evaluates_and_resumes(tmp_path, how, recipe):
     first = trainer(tmp_path, how, RECIPES[recipe], eval_strategy="steps", eval_steps=5)
     with graphs() as seen:

@@ -67,6 +67,7 @@ def test_evaluation_sees_what_training_saw(name):
     recipe = options.pop("recipe", None)
     qcompile.quantize(model, recipe or "W8A8", [x], progress=False, **options, **({} if recipe or "input" in options else {"input": "16bit"}))
     held = [t for module in model.modules() if hasattr(module, "parametrizations") for t in module.parametrizations.weight.parameters()]
+    assert packed
     for t in packed:
         assert any(t.shape == h.shape and torch.equal(t, h.to(t.dtype)) for h in held), (name, t.shape)
     torch._dynamo.reset()

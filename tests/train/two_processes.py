@@ -18,7 +18,7 @@ def run(file: str, check: str, device: str = "cpu") -> str:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, file, check, device, folder]
         started = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/") for rank in range(2)]
-        printed = [process.communicate(timeout=120)[0] for process in started]
+        printed = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), "\n".join(text[-4000:] for text in printed)
     return printed[0]
 
