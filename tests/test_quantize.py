@@ -84,7 +84,6 @@ def test_compiled_reads_the_codes(lower):
     assert not [t for t in inputs if t.is_floating_point() and t.dim() == 2 and t.shape in ((48, 32), (32, 48))]
 
 
-@torch.no_grad()
 def test_scales_that_are_quantized_too():
     """A scheme within a scheme: one graph, in which the codes are a linear's."""
     model, x = Net(), torch.randn(5, 32)
@@ -95,6 +94,7 @@ def test_scales_that_are_quantized_too():
     assert close(y, model(x), 1e-5) and [str(c.weight) for c in graph.plan.values()] == ["nf4.g32/int8.g256"] * 2
 
 
+@torch.no_grad()
 def simulated(model, inputs, scheme):
     """Eager, with the input of every stored linear rounded as a kernel would."""
     scheme = Scheme.parse(scheme)
