@@ -53,7 +53,7 @@ class Training:
         config = AutoConfig.from_pretrained(STDLIB_LM, num_hidden_layers=args.layers)
         self.model, self.args, self.step = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(args.device).train(), args, 0
         for layer in self.model.model.layers if train else ():  # one small graph for all layers
-            layer.compile(backend="qcompile", options={"train": train})
+            layer.compile(backend="qcompile", options={"train": train, "lower": args.lower})
         self.optimizer = (FP8AdamW if train else torch.optim.AdamW)(self.model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
     def run(self, data: torch.Tensor, steps: int, name: str) -> list[float]:
@@ -95,6 +95,7 @@ def main() -> None:
     cli.add_argument("--steps", type=int, default=60)
     cli.add_argument("--batch", type=int, default=4)
     cli.add_argument("--layers", type=int, default=2)
+    cli.add_argument("--lower", default="inductor", help="eager: run the quantized graphs by their references, nothing is compiled to C++")
     cli.add_argument("--scaling", default="delayed", help="delayed, tensor or row")
     cli.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = cli.parse_args()

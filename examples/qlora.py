@@ -63,6 +63,7 @@ def main() -> None:
     cli.add_argument("--steps", type=int, default=40)
     cli.add_argument("--batch", type=int, default=2)
     cli.add_argument("--rank", type=int, default=16)
+    cli.add_argument("--lower", default="inductor", help="eager: run the quantized graphs by their references, nothing is compiled to C++")
     args = cli.parse_args()
     torch.manual_seed(0)
     began = time.perf_counter()
@@ -73,7 +74,7 @@ def main() -> None:
     print(f"loss on docstrings, fp32: {loss_of(base, judge):.3f}")
     model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")).train()
     for layer in model.get_base_model().model.layers:  # one small graph for all layers: compiled in seconds. torch.compile(model, ...) makes one large graph, faster once it is there
-        layer.compile(backend="qcompile", options={"weight": WEIGHT, "train": "lora"})
+        layer.compile(backend="qcompile", options={"weight": WEIGHT, "train": "lora", "lower": args.lower})
     model.enable_input_require_grads()  # what the first layer reads requires grad, as what the others read does: else it is compiled once more
     print(f"loss on docstrings, {WEIGHT}: {loss_of(model, judge):.3f}")
 
