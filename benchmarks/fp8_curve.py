@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from train_lm import build_model, build_optimizer, part, perplexity, read_corpus, scale_at, tokens_of
+from train_lm import build_model, build_optimizer, descend, next_token_loss, part, perplexity, read_corpus, scale_at, tokens_of, warmup_of, windows
 
 from qcompile.data import STDLIB_LM, stdlib_lm
 from qcompile.train.optim import FP8AdamW
@@ -58,28 +57,16 @@ def train(way: str, data: torch.Tensor, held: torch.Tensor, args: argparse.Names
     if how and args.device == "cpu":
         how["options"] = {**options, "lower": "eager"}
 
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-
-    compiled = torch.compile(loss_of, dynamic=False, **how)
+    loss_of = torch.compile(next_token_loss, dynamic=False, **how)
     optimizer: torch.optim.Optimizer = build_optimizer(model, args.rate, args.device)
     if way == "lm":
         optimizer = FP8AdamW(optimizer.param_groups, lr=args.rate, betas=(0.9, 0.95), compile=args.device == "cuda")
     generator = torch.Generator(args.device).manual_seed(args.seed + (way == "again"))
-    reach = torch.arange(args.context + 1, device=args.device)
     start, losses = time.perf_counter(), []
     for step in tqdm(range(args.steps), desc=way, mininterval=2.0):
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * scale_at(step, args.steps, min(200, args.steps // 10 + 1))
-        rows = data[torch.randint(len(data) - args.context, (args.batch, 1), generator=generator, device=args.device) + reach]
         with torch.autocast(args.device, torch.bfloat16):
-            loss = compiled(rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+            loss = loss_of(model, windows(data, args.context, args.batch, generator))
+        losses.append(descend(loss, model, optimizer, args.rate * scale_at(step, args.steps, warmup_of(args.steps))))
     every = torch.stack(losses).float().cpu()
     seconds = time.perf_counter() - start
     for hook in hooks:

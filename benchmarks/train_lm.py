@@ -162,6 +162,33 @@ def build_optimizer(model: torch.nn.Module, rate: float, device: str) -> torch.o
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=device == "cuda")
 
 
+def next_token_loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of windows (B, context + 1), each read from its first token to its last but one."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def windows(data: torch.Tensor, context: int, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, context + 1) tokens that begin anywhere."""
+    starts = torch.randint(len(data) - context, (batch, 1), generator=generator, device=data.device)
+    return data[starts + torch.arange(context + 1, device=data.device)]
+
+
+def descend(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> torch.Tensor:
+    """One step at a learning rate, with gradients clipped to a norm of 1; the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def warmup_of(steps: int) -> int:
+    return min(200, steps // 10 + 1)
+
+
 def scale_at(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then a cosine down to 2 % of the peak."""
     if step < warmup:
@@ -175,14 +202,8 @@ def train(model: transformers.LlamaForCausalLM, data: torch.Tensor, valid: torch
     cast = torch.autocast(device, torch.bfloat16)
     optimizer = build_optimizer(model, args.rate, device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    reach = torch.arange(context + 1, device=device)
-
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-
-    compiled = torch.compile(loss_of) if args.compile else loss_of
-    steps, probe, warmup = args.steps, 40, min(200, args.steps // 10 + 1)
+    loss_of = torch.compile(next_token_loss) if args.compile else next_token_loss
+    steps, probe, warmup = args.steps, 40, warmup_of(args.steps)
     best, recent = math.inf, math.nan
     kept: dict[str, torch.Tensor] = {}
     losses: list[torch.Tensor] = []
@@ -191,16 +212,9 @@ def train(model: transformers.LlamaForCausalLM, data: torch.Tensor, valid: torch
     step = 0
     while step < steps:
         model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * scale_at(step, steps, warmup)
-        rows = data[torch.randint(len(data) - context, (args.batch, 1), generator=generator, device=device) + reach]
         with cast:
-            loss = compiled(rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+            loss = loss_of(model, windows(data, context, args.batch, generator))
+        losses.append(descend(loss, model, optimizer, args.rate * scale_at(step, steps, warmup)))
         step += 1
         bar.update()
         if step == probe // 2:

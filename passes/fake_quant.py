@@ -18,7 +18,7 @@ from . import experts
 from .infra import graph_pass
 from .match import chosen
 from .observe import input_of
-from .sites import Site, example, is_transpose
+from .sites import Site, cast_to, example, is_transpose
 from .slots import leader, slot_inputs, slots_of, state_slot
 from .training import Training, no_methods
 
@@ -71,7 +71,7 @@ class _Builder:
                 w = self._call(torch.transpose, own, -1, -2) if swap else own
                 out = self._call(target("fake_quant"), w, learned, str(choice.weight), estimator, False)
                 out = self._call(torch.transpose, out, -1, -2) if swap else out
-                self._weights[key] = out if own is source else self._to(out, example(source).dtype)
+                self._weights[key] = cast_to(self.gm.graph, out, example(source).dtype)
             if stacked:  # whatever selects or transposes the experts on the way reads the rounded ones
                 for reader in readers:
                     reader.replace_input_with(source, self._weights[key])
@@ -88,7 +88,7 @@ class _Builder:
         key = (x, str(scheme), estimator, first.name if scheme.static else "", by_column)
         if key not in self._inputs:
             with self.gm.graph.inserting_before(node):
-                rows = self._call(torch.transpose, x, -1, -2) if by_column else self._read(x, node)
+                rows = self._call(torch.transpose, x, -1, -2) if by_column else cast_to(self.gm.graph, x, example(node).dtype)  # before the rounding, as in lower
                 learned = self._range(rows, first, theirs, estimator) if scheme.static else []
                 out = self._call(target("fake_quant"), rows, learned, str(scheme), estimator, True)
                 self._inputs[key] = self._call(torch.transpose, out, -1, -2) if by_column else out
@@ -118,17 +118,6 @@ class _Builder:
         while node.op != "placeholder" and not node.users:
             unread, node = node, node.args[0]
             self.gm.graph.erase_node(unread)
-
-    def _read(self, x: fx.Node, node: fx.Node) -> fx.Node:
-        """Under autocast a linear reads its input in another dtype than it gets: that cast comes before the rounding, as in ``lower``."""
-        given, wanted = example(x), example(node)
-        same = given is None or wanted is None or given.dtype == wanted.dtype or not given.dtype.is_floating_point
-        return x if same else self._to(x, wanted.dtype)
-
-    def _to(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-        cast = self.gm.graph.call_method("to", (x, dtype))
-        cast.meta["example_value"] = example(x).to(dtype)
-        return cast
 
     def _range(self, x: fx.Node, site: Site, choice: Choice, estimator: str) -> list[fx.Node]:
         """What fixes the range of a static input: learned, or a moving range of what came, ``[lo, hi]``, which this call enters first."""

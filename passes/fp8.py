@@ -19,7 +19,7 @@ from qcompile.kernels.fp8_linear import SCALINGS, kernel_for
 from qcompile.kernels.op import target
 
 from .infra import graph_pass
-from .sites import Site, example
+from .sites import Site, cast_to, example
 from .slots import slot_inputs, slots_of, state_slot
 from .training import Training, no_methods
 
@@ -74,13 +74,13 @@ class _Builder:
         self.kernels[site.name] = _kernel(site, value)
         with graph.inserting_before(node):
             history = [self._held["fp8_backward"]] if self._held else []
-            op = graph.call_function(target("fp8_linear"), (self._cast(x, value.dtype), weight, self._numbers, history, row, first, self.how))
+            op = graph.call_function(target("fp8_linear"), (cast_to(graph, x, value.dtype), weight, self._numbers, history, row, first, self.how))
             op.meta = {**compat.saved_mark(), **{k: v for k, v in node.meta.items() if k != "example_value"}}  # a checkpointed body computes its codes again, nobody else does
             out = self._part(op, 0, value)
             if self._held:
                 self._amax[row] = self._part(op, 5, value.new_empty(2, dtype=torch.float32))
-            if bias is not None:
-                out = graph.call_function(torch.add, (out, self._cast(bias, value.dtype)))
+            if isinstance(bias, fx.Node):
+                out = graph.call_function(torch.add, (out, cast_to(graph, bias, value.dtype)))
         out.meta = {**node.meta, "example_value": value}
         out.meta.pop("site")
         name = node.name
@@ -102,15 +102,6 @@ class _Builder:
         part = self.gm.graph.call_function(operator.getitem, (op, i))
         part.meta |= {k: v for k, v in op.meta.items() if k in compat.recompute_mark(0)} | {"example_value": value}
         return part
-
-    def _cast(self, x: Any, dtype: torch.dtype) -> Any:
-        """Under autocast a linear reads its input and bias in another dtype than it gets; the weight is cast to FP8 as it is."""
-        given = example(x)
-        if given is None or given.dtype == dtype:
-            return x
-        cast = self.gm.graph.call_function(torch.Tensor.to, (x, dtype))
-        cast.meta["example_value"] = given.to(dtype)
-        return cast
 
 
 def _kernel(site: Site, value: Tensor) -> str | Skip:

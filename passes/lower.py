@@ -23,7 +23,7 @@ from qcompile.kernels.scaled_linear import spell
 from . import experts, outliers
 from .infra import graph_pass
 from .match import chosen
-from .sites import CASTS, Site, example, is_transpose
+from .sites import CASTS, Site, cast_to, example, is_transpose
 from .slots import leader, slot_inputs, slot_of, slots_of
 
 
@@ -80,7 +80,7 @@ class Builder:
         """(the product, what replaces the node)."""
         x, _, bias = (*node.args, None)[:3]
         assert isinstance(x, fx.Node)
-        x = self._cast(graph, x, node)
+        x = cast_to(graph, x, example(node).dtype)
         split = self._split(graph, x, site, choice)
         dense = split.dense if split is not None else x
         out = y = self._product(graph, dense, site, choice, weight)
@@ -107,7 +107,7 @@ class Builder:
             first, *rest = (slot_of("weight", s, self.gm.meta["plan"][s.name]) for s in sites)
             x = node.args[0]
             assert isinstance(x, fx.Node)
-            y = self._product(graph, self._cast(graph, x, node), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))
+            y = self._product(graph, cast_to(graph, x, example(node).dtype), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))
             value = example(node)
             y.meta = {**node.meta, "example_value": value.new_empty((*value.shape[:-1], sum(s.n for s in sites)), dtype=torch.float32)}
             self._merged[kin] = y, self._to(graph, y, value.dtype)
@@ -176,15 +176,6 @@ class Builder:
 
     def _to(self, graph: fx.Graph, y: fx.Node, dtype: torch.dtype) -> fx.Node:
         return y if dtype == torch.float32 else graph.call_method("to", (y, dtype))
-
-    def _cast(self, graph: fx.Graph, x: fx.Node, node: fx.Node) -> fx.Node:
-        """Under autocast a linear reads its input in another dtype than it gets; here that cast is written out."""
-        given, wanted = example(x), example(node).dtype
-        if given is None or given.dtype == wanted or not given.dtype.is_floating_point:
-            return x
-        cast = graph.call_method("to", (x, wanted))
-        cast.meta["example_value"] = given.to(wanted)
-        return cast
 
     def _quantize(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice) -> list[fx.Node]:
         scheme = choice.input

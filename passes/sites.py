@@ -116,6 +116,16 @@ def example(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
+def cast_to(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``x``, or a cast of it where it comes in another floating point dtype: what autocast does to the operands of a linear, written out."""
+    given = example(x)
+    if given is None or given.dtype == dtype or not given.dtype.is_floating_point:
+        return x
+    cast = graph.call_method("to", (x, dtype))
+    cast.meta["example_value"] = given.to(dtype)
+    return cast
+
+
 def rows(shape: Sequence[Any]) -> int:
     """Product of the leading sizes, symbolic ones by their hints."""
     m = 1

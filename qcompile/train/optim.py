@@ -30,7 +30,7 @@ from torch import Tensor
 from qcompile.core.errors import OptionError, TrainingError, unknown
 from qcompile.core.formats import FORMATS
 
-from .scaling import greatest, round_to_dtype, scale_for
+from .scaling import cast, greatest, round_to_dtype, scale_for
 from .sharded import local_of, maximum_over_shards, sharded_like
 
 E4M3 = FORMATS["e4m3"].dtype
@@ -103,11 +103,6 @@ def first_moment(m: Tensor, scale: Tensor, before: Tensor, beta1: float) -> Tens
     codes = (m / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     stuck = (codes.float() * scale == before) & (m.abs() <= (beta1 * before).abs()) & (before != 0)
     return codes.view(torch.uint8) - stuck.to(torch.uint8)
-
-
-def cast(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """``w`` in a parameter's dtype; FP8 saturates, where torch's cast would give NaN."""
-    return w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype) if dtype.itemsize == 1 else w.to(dtype)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -23,15 +23,18 @@ def scale_for(amax: Tensor, greatest: float) -> Tensor:
     return (((bits >> 23) + up.to(torch.int32)) << 23).view(torch.float32)
 
 
+def cast(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """``w`` in a parameter's dtype; FP8 saturates, where torch's cast would give NaN."""
+    return w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype) if dtype.itemsize == 1 else w.to(dtype)
+
+
 def round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``w`` rounded to what a dtype can hold, nearest even, still in float32; saturating in FP8, and in float16 for magnitudes below 65520 only.
 
     A cast there and back would do, but Inductor leaves such casts out for 16 bits: its kernels compute in float32 (seen in torch 2.11 and 2.13). So these are rounded by arithmetic.
     """
-    if dtype.itemsize == 1:
-        return w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).float()
     if dtype not in (torch.bfloat16, torch.float16):
-        return w
+        return cast(w, dtype).float()
     near = nearest(w, 16 if dtype is torch.bfloat16 else 13)
     if dtype is torch.bfloat16:
         return torch.where(w.isfinite(), near, w)

@@ -36,7 +36,7 @@ def test_optimizer(dtype):
     for reference, *others in zip(*sets):
         for other in others:
             apart = ~torch.isclose(other.detach().cpu().float(), reference.detach().float(), rtol=0.01, atol=1e-3)
-            assert float(apart.float().mean()) < 2e-4
+            assert float(apart.float().mean()) < 2e-4 and (dtype is not torch.float32 or not apart.any())
     assert [optimizer.skipped for optimizer in optimizers] == [4, 4, 4]
 
 
