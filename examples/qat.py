@@ -52,6 +52,7 @@ def main() -> None:
     cli.add_argument("--steps", type=int, default=30)
     cli.add_argument("--batch", type=int, default=4)
     cli.add_argument("--weight", default="int2.g64", help="the scheme of weights")
+    cli.add_argument("--lower", default="inductor", help="eager: run the quantized graphs by their references, nothing is compiled to C++")
     args = cli.parse_args()
     torch.manual_seed(0)
     began = time.perf_counter()
@@ -61,7 +62,7 @@ def main() -> None:
     data = corpus(tokenizer, held)
     model = copy.deepcopy(teacher)
     for layer in model.model.layers:  # one small graph for all layers: compiled in seconds. torch.compile(model, ...) makes one large graph, faster once it is there
-        layer.compile(backend="qcompile", options={"weight": args.weight, "train": "qat"})
+        layer.compile(backend="qcompile", options={"weight": args.weight, "train": "qat", "lower": args.lower})
     print(f"fp32                     perplexity {perplexity(teacher, judged):10.2f}")
     print(f"{args.weight}, rounded       perplexity {perplexity(model, judged):10.2f}")
 

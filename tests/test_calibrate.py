@@ -496,7 +496,7 @@ def test_through_inductor():
 TWO = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch, torch._inductor.compile_fx, torch.distributed as dist, torch.multiprocessing as mp  # imported once, before the fork
 from calibrated import Mlp, codes, compiled, rows
 from small import said
 from qcompile.calibrate import calibrate
@@ -517,8 +517,8 @@ def solve(rank, size, path, out):
 
 if __name__ == "__main__":
     out = sys.argv[1]
-    solve(0, 1, "", out)
-    mp.spawn(solve, (2, out + "/meet", out), nprocs=2)
+    mp.start_processes(solve, (1, "", out), nprocs=1, start_method="fork")
+    mp.start_processes(solve, (2, out + "/meet", out), nprocs=2, start_method="fork")
 """
 
 
@@ -553,7 +553,7 @@ def solve(rank, out):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    mp.spawn(solve, (sys.argv[1],), nprocs=2)
+    mp.start_processes(solve, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 

@@ -20,6 +20,7 @@ from qcompile.passes import PASSES, Pass
 PIPELINE = ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu"]
 FILES = {"00_capture.txt", "kernels.txt"} | {f"{i + 1:02d}_{name}.{end}" for i, name in enumerate(PIPELINE) for end in ("txt", "diff")}
 
+LINE = r"{i:02d} {name} +\d+ lines changed +[\d.]+ ms"
 SCRIPT = """
 import torch
 from torch import nn
@@ -158,17 +159,25 @@ def test_a_kernel_that_does_not_apply_gives_its_reason(tmp_path):
     assert re.search(r"32x32  int8.row @ e3m4.row  reference: \w", contents(tmp_path)["graph00/kernels.txt"])
 
 
-def test_same_bytes_twice(tmp_path):
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What two processes wrote and dumped, of other hash seeds, in other folders, one with loud logs, the other with short ones."""
+    found = []
+    for seed, logs in (("1", "+qcompile.passes"), ("2", "qcompile.passes")):
+        folder = tmp_path_factory.mktemp("ran")
+        wrote = python(SCRIPT, folder, QCOMPILE_DUMP=str(folder / "dump"), PYTHONHASHSEED=seed, TORCH_LOGS=logs)
+        found.append((wrote, contents(folder / "dump")))
+    return found
+
+
+@pytest.mark.xdist_group("dumps")
+def test_same_bytes_twice(ran):
     """Addresses, hash seeds, paths and times leave no trace."""
-    runs = []
-    for run, seed in (("a", "1"), ("b", "2")):
-        (tmp_path / run).mkdir()
-        python(SCRIPT, tmp_path / run, QCOMPILE_DUMP=str(tmp_path / run / "dump"), PYTHONHASHSEED=seed)
-        runs.append(contents(tmp_path / run / "dump"))
+    runs = [dumped for _, dumped in ran]
     assert runs[0] == runs[1] and {name.partition("/")[0] for name in runs[0]} == {"graph00", "graph01"}
     for name, content in runs[0].items():
         assert not re.search(r"0x[0-9a-f]{6}|object at|<function|<built-in", content), name
-        assert "/" not in content and str(tmp_path) not in content, name
+        assert "/" not in content, name
 
 
 def test_numbers_start_again_in_each_folder(tmp_path):
@@ -212,21 +221,22 @@ def test_no_folder_without_the_option(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_logs(tmp_path, monkeypatch):
-    """``TORCH_LOGS="+qcompile.passes"`` prints each pass and the graph after it; ``qcompile.passes`` alone a line for each pass; without it nothing."""
-    monkeypatch.delenv("TORCH_LOGS", raising=False)
-    loud, short, quiet = (python(SCRIPT, tmp_path, **given) for given in ({"TORCH_LOGS": "+qcompile.passes"}, {"TORCH_LOGS": "qcompile.passes"}, {}))
+@pytest.mark.xdist_group("dumps")
+def test_torch_logs(ran):
+    """``TORCH_LOGS="+qcompile.passes"`` prints each pass and the graph after it; ``qcompile.passes`` alone a line for each pass."""
+    loud, short = (wrote for wrote, _ in ran)
     for i, name in enumerate(PIPELINE):
-        line = rf"{i:02d} {name} +\d+ lines changed +[\d.]+ ms"
-        assert len(re.findall(line, loud)) == len(re.findall(line, short)) == 2 and not re.search(line, quiet)
+        assert len(re.findall(LINE.format(i=i, name=name), loud)) == len(re.findall(LINE.format(i=i, name=name), short)) == 2
         assert f"after {name}:" in loud and f"after {name}:" not in short
     assert "up = linear" not in short and re.search(r"linear\(l_x_, %up.weight, %up.bias\)  # up: int8.row @ int8.row", loud)
     assert "qcompile.scaled_linear(" in loud
 
 
-def test_torch_trace(tmp_path):
-    """Artifacts for tlparse: the graph after each pass, and the plan."""
-    python(SCRIPT, tmp_path, TORCH_TRACE=str(tmp_path / "trace"))
+def test_torch_trace(tmp_path, monkeypatch):
+    """Artifacts for tlparse: the graph after each pass, and the plan. Without ``TORCH_LOGS`` no pass is printed."""
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    quiet = python(SCRIPT, tmp_path, TORCH_TRACE=str(tmp_path / "trace"))
+    assert not any(re.search(LINE.format(i=i, name=name), quiet) for i, name in enumerate(PIPELINE))
     found: dict[str, list[str]] = {}
     (log,) = (tmp_path / "trace").glob("*.log")
     lines = log.read_text().splitlines()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from qcompile.__main__ import CITED, methods, sources
+from qcompile.__main__ import CITED, main, methods, sources
 from qcompile.core.ranges import RANGES
 from qcompile.core.recipe import RECIPES, Method
 from qcompile.core.stats import STATISTICS
@@ -37,11 +37,16 @@ def test_the_session_is_a_session():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables(name):
-    done = subprocess.run([sys.executable, "-m", "qcompile", name], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr
+def test_tables(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qcompile", name])
+    main()
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", README, re.S)
-    assert shown is not None and shown[1] == done.stdout.strip()
+    assert shown is not None and shown[1] == capsys.readouterr().out.strip()
+
+
+def test_tables_from_the_shell():
+    done = subprocess.run([sys.executable, "-m", "qcompile", "training"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and done.stdout.strip() in README, done.stderr
 
 
 def test_the_place_of_the_accuracy_table():

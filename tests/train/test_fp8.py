@@ -191,7 +191,7 @@ def test_checkpointed_bodies(how):
         torch.manual_seed(0)
         model = Checkpointed(on)
         with said():
-            fast = compiled(model, how, "inductor")
+            fast = compiled(model, how, "inductor" if on else "eager")
             losses = steps(model, fast, 3)
         found.append([torch.tensor(losses), *(p.detach() for p in model.parameters()), *train.state_dict(fast).values()])
     assert all(map(lambda a, b: close(a, b, 1e-5), *found))
