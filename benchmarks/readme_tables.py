@@ -174,6 +174,7 @@ def train() -> str:
     for shape, said in shapes.items():
         plain, *others = [r for r in fp8["rows"] if r.get("model") == shape and "ms" in r]
         timed.append(f"of {said}, bf16 {plain['ms']:.1f} ms; " + "; ".join(f"{r['way']} scaling {r['ms']:.1f} ms ({r['faster']:.2f}x)" for r in others))
+    ways = {"again": "bf16 over other windows", "lm": "delayed scaling and FP8-LM's AdamW", "te": "delayed scaling by the maximum alone"}
     plain, *others = curve["rows"]
     settings = curve["settings"]
     lines += [
@@ -181,7 +182,7 @@ def train() -> str:
         f"FP8 training, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: " + "; and ".join(timed) + f" ({fp8['note']}).",
         "",
         f"The small model from nothing, {settings['steps']:,} steps of {settings['batch']} x {settings['context']:,} tokens on one {curve['about']['device']} (`benchmarks/fp8_curve.py`), mean loss of the last {plain['span']} steps: bf16 {plain['losses'][-1]:.3f}, "
-        + ", ".join(f"{r['way']} scaling {r['losses'][-1]:.3f} ({r['losses'][-1] / plain['losses'][-1] - 1:+.1%}; at worst {r['worst']:+.1%} in the second half)" for r in others) + ".",
+        + ", ".join(f"{ways.get(r['way'], r['way'] + ' scaling')} {r['losses'][-1]:.3f} ({r['losses'][-1] / plain['losses'][-1] - 1:+.1%}; at worst {r['worst']:+.1%} in the second half)" for r in others) + ".",
     ]  # fmt: skip
     return "\n".join(lines)
 

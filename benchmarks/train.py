@@ -39,13 +39,15 @@ from qcompile.train.distill import Distillation
 
 @dataclass(frozen=True)
 class Case:
-    """One scheme: options of the backend, the training recipe, and the learning rates of weights: ``rate`` with a teacher, ``alone`` where the next token is all that is learned."""
+    """One scheme: options of the backend, the training recipe, and the learning rates of weights: ``rate`` with a teacher, ``alone`` where the next token is all that is learned; how the converted
+    model is judged: by the references of its graph, or by kernels as the trained one is, where tensor cores add up with fewer bits than float32 has."""
 
     name: str
     options: dict[str, Any]
     train: str = "qat"
     rate: float = 1e-4
     alone: float = 3e-5
+    lower: str = "eager"
 
 
 CASES = {
@@ -54,7 +56,7 @@ CASES = {
         Case("W4A16", {"weight": "int4.g128"}),
         Case("W4A8", {"weight": "int4.g128", "input": "int8.row"}),
         Case("W2A16", {"weight": "int2.g64"}, rate=4e-4, alone=4e-4),
-        Case("FP8", {"recipe": "FP8"}),
+        Case("FP8", {"recipe": "FP8"}, lower="inductor"),
         Case("NF4", {"recipe": "NF4"}),
     )
 }
@@ -162,7 +164,7 @@ class Experiment:
         recipe = options.pop("recipe", None)
         weight_only = {"input": "16bit"} if recipe is None and "input" not in options else {}
         qcompile.quantize(model, recipe or "W8A8", [{"input_ids": self.held[None, :64], "use_cache": False}], progress=False, **options, **weight_only)
-        return self.judge(torch.compile(model, backend="qcompile", options={"lower": "eager"}))
+        return self.judge(torch.compile(model, backend="qcompile", options={"lower": case.lower}))
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

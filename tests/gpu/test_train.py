@@ -52,7 +52,10 @@ def test_a_teacher_elsewhere():
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("file", "check"), [("test_allreduce.py", "all"), ("test_sharded.py", "fsdp2")])
+NCCL = [("test_allreduce.py", "all"), ("test_sharded.py", "fsdp2"), ("test_distributed.py", "ddp"), ("test_distributed.py", "ddp, buckets through Inductor"), ("test_distributed.py", "fsdp2")]
+
+
+@pytest.mark.parametrize(("file", "check"), NCCL)
 def test_nccl(file, check):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU, and NCCL needs one for each process")
