@@ -173,7 +173,9 @@ class _Collector:
         if missed and (full := compat.at_recompile_limit(functions(fast))):
             notes.append(limit(full))
         held = [p for use in self.uses.values() for p in use.parameters] + ([*module.parameters(), *module.buffers()] if module is not None else [])
-        notes += [*memory.held(held), *troubles(STATE, module.named_parameters() if module is not None else ())]
+        notes += memory.held(held)
+        if module is not None:
+            notes += [*troubles(STATE, module.named_parameters()), *STATE.repairs(module)]
         return Report(tuple(sites), tuple(kept), graphs, self._totals(held), tuple(dict.fromkeys(notes)))
 
     def _graph_row(self, index: int, graph: CompiledGraph) -> GraphRow:

@@ -170,6 +170,10 @@ class StateTable:
         counts = {name: int(self._learned[id(t)][2]) for name, t in self.named(module) if id(t) in self._learned}
         return {name: n for name, n in counts.items() if n}
 
+    def repairs(self, module: nn.Module) -> list[str]:
+        """A line for each entry of ``repaired``."""
+        return [f"{name}: {n} learned numbers that a step of the optimizer had made zero, negative, infinite or NaN got their last healthy values back" for name, n in self.repaired(module).items()]
+
     def named(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all entries below a module, in the order of its modules: ``layers.0.up_proj.weight.step``."""
         for path, owner in module.named_modules():

@@ -139,6 +139,31 @@ def check_accumulation(rank: int) -> None:
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6)
 
 
+def check_fp8_scales(rank: int) -> None:
+    """Delayed scales are those of the greatest values that any process saw: here one sees values eight times as great as the other."""
+    import torch.distributed as dist
+    from small import Net
+
+    from qcompile import train
+    from qcompile.kernels.fp8_history import SCALE
+
+    torch.manual_seed(0)
+    start, x, found = Net(), batches(32)[0].chunk(2)[rank] * (1 + 7 * rank), {}
+    for reduce in (True, False):
+        torch._dynamo.reset()
+        model = copy.deepcopy(start)
+        fast = torch.compile(model, backend="qcompile", options={"train": f"fp8(scaling='delayed', reduce={reduce})", "lower": "eager"})
+        for _ in range(3):
+            fast(x).square().mean().backward()
+        found[reduce] = {name: t[..., SCALE].clone() for name, t in train.state_dict(model).items() if ".fp8_" in name}
+        assert len(found[reduce]) == 4, "forward and backward of two linears"
+    assert all(same_on_both([scales]) for scales in found[True].values())
+    assert not any(same_on_both([scales]) for scales in found[False].values())
+    least = found[False]["up.weight.fp8_forward"].clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)  # the least scale is that of the greatest value
+    assert torch.equal(least, found[True]["up.weight.fp8_forward"])
+
+
 def check_buckets(rank: int, lower: str = "eager") -> None:
     """Dynamo's DDPOptimizer cuts a graph where a bucket is full, here between two linears of 1 MiB each, and has no parameters when it asks for the pieces."""
     from small import Net, graphs
@@ -301,7 +326,7 @@ INTEGERS = "requires_grad=param.requires_grad" in inspect.getsource(importlib.im
 """Whether this torch's FSDP2 takes parameters of integers at all: 2.11's asks for their gradients."""
 
 CHECKS = {
-    "ddp": lambda rank: (check_ddp(rank), torch._dynamo.reset(), check_accumulation(rank), check_buckets(rank)),
+    "ddp": lambda rank: (check_ddp(rank), torch._dynamo.reset(), check_accumulation(rank), check_fp8_scales(rank), check_buckets(rank)),
     "ddp, buckets through Inductor": lambda rank: check_buckets(rank, "inductor"),
     "fsdp2": lambda rank: (check_fsdp2(rank), torch._dynamo.reset(), check_fsdp2_evaluation(rank), INTEGERS and check_fsdp2_frozen(rank)),
 }

@@ -205,10 +205,11 @@ def test_a_step_that_went_wrong_is_repaired_and_counted():
     before = step.detach().clone()
     optimizer = torch.optim.SGD([step], lr=1.0)
     step.grad = torch.zeros_like(step)
-    step.grad[0, 0], step.grad[1, 1], step.grad[2, 0] = 2 * float(step[0, 0]), math.nan, math.inf
+    step.grad[0, 0], step.grad[0, 1], step.grad[1, 1], step.grad[2, 0] = 2 * float(step[0, 0]), float(step[0, 1]), math.nan, math.inf  # negative, zero, NaN, infinite
     optimizer.step()
     assert torch.equal(step.detach(), before)
-    assert train.repaired(fast) == {"up.weight.step": 3}
+    assert train.repaired(fast) == {"up.weight.step": 4}
+    assert [note for note in qcompile.explain(fast, x).notes if "healthy" in note] == ["up.weight.step: 4 learned numbers that a step of the optimizer had made zero, negative, infinite or NaN got their last healthy values back"]
     assert math.isfinite(float(fast(x).square().sum()))
 
 
