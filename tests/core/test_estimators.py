@@ -58,6 +58,23 @@ def test_lsq_on_paper():
     assert torch.allclose(ds, torch.tensor([[(-8 + (1 - 1.2) + (2 - 1.8) + 7) / (4 * 7) ** 0.5]]))
 
 
+@pytest.mark.parametrize("scheme", ["int4.g32", "int2.g16", "int8.row", "e2m1.g16", "e4m3.row", "nf4.g32", "int4.b16x32"])
+def test_lsq_in_float64(scheme):
+    """Autograd through equations 1 and 2 of the paper, written with a straight-through rounding, in float64; some values are clipped."""
+    s, x, g = Scheme.parse(scheme), torch.randn(64, 96), torch.randn(64, 96)
+    step = (ESTIMATORS["lsq"].initial(x, s) * 0.6).bfloat16().float()  # as scales of groups are kept
+    y = fake_quantize(x, [step], s, "lsq")
+    dx, (ds,) = gradients(g, x, [step], s, "lsq")
+    r, c = s.extent(*x.shape)
+    leaves = [t.double().requires_grad_() for t in (x, step)]
+    every = leaves[1].repeat_interleave(r, 0).repeat_interleave(c, 1)
+    z = (leaves[0] / every).clamp(s.fmt.lo, s.fmt.hi)
+    exact = every * (z + (y / every - z).detach())
+    wanted = torch.autograd.grad((exact * g).sum(), leaves)
+    assert bool((wanted[0] == 0).any())
+    assert torch.allclose(dx.double(), wanted[0]) and torch.allclose(ds.double(), wanted[1] / (r * c * s.fmt.hi) ** 0.5, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scheme", ["int4.g32", "int2.b16x24", "e2m1.g16"])
 def test_ragged_groups_give_each_step_its_own_values(scheme):
     s, x, g = Scheme.parse(scheme), torch.randn(40, 70), torch.randn(40, 70)

@@ -266,18 +266,19 @@ class Normed(nn.Module):
 
 
 def fp8_training() -> Parts:
-    """The forward and the backward of FP8 training, for each scaling."""
+    """The forward and the backward of FP8 training, for each scaling, and of QAT."""
     from qcompile import backend, compat
 
     warnings.simplefilter("ignore")
     compat.capability, compat.device_of = (lambda device: (9, 0)), (lambda value: torch.device("cuda"))
+    ways: dict[str, dict[str, Any]] = {scaling: {"train": f"fp8(scaling='{scaling}', history=16)"} for scaling in ("tensor", "row", "delayed")}
+    ways["qat"] = {"train": "qat", "weight": "int4.g128", "input": "int8.row"}
     parts: Parts = {}
-    for scaling in ("tensor", "row", "delayed"):
+    for way, options in ways.items():
         torch._dynamo.reset()
-        train = f"fp8(scaling='{scaling}', history=16)"
-        made = compile_training(lambda gm, args, train=train: backend.backend(gm, args, options={"train": train}), Normed().to(torch.bfloat16), (bf16(512, 256).requires_grad_(),))
+        made = compile_training(lambda gm, args, options=options: backend.backend(gm, args, options=options), Normed().to(torch.bfloat16), (bf16(512, 256).requires_grad_(),))
         assert len(made.sources) == 2, "a forward and a backward"
-        parts.update({f"{scaling} {which}": (parse([source]), {}) for which, source in zip(("forward", "backward"), made.sources, strict=True)})
+        parts.update({f"{way} {which}": (parse([source]), {}) for which, source in zip(("forward", "backward"), made.sources, strict=True)})
     return parts
 
 

@@ -1,4 +1,4 @@
-"""What Inductor makes of FP8 training for an H200: casts and magnitudes fuse into what computes the values, codes are transposed apart, and shared inputs are cast once."""
+"""What Inductor makes of training for an H200: fake quantization fuses; of FP8, casts and magnitudes fuse into what computes the values, codes are transposed apart, and shared inputs are cast once."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def test_backward_saves_codes(qcase: QCase) -> None:
     source = qcase("fp8_training", compile=False)["delayed backward"]["source"]
     taken = re.findall(r"^    (\w+) = rand_strided\((\(.*?\)), .*?dtype=torch\.(\w+)\)", source, re.M)
     assert sum(dtype == "float8_e4m3fn" for _, _, dtype in taken) == 5, taken
+
+
+def test_fake_quantization_is_no_kernel_of_its_own_but_for_weights(qcase: QCase) -> None:
+    """QAT of int4 groups under int8 rows: inputs are rounded in the norm and in the gate's product, each weight is in one pointwise kernel, and in the backward its gradient and its step's in one."""
+    forward, backward = (qcase("fp8_training", compile=False)[f"qat {which}"] for which in ("forward", "backward"))
+    calls = ["product" if name.startswith("extern") else name.split("_")[1] for name in forward["calls"]]
+    assert calls == ["per", "poi", "product", "poi", "product", "poi", "per", "product"]
+    norm, silu = (name for name in forward["calls"] if "_per_" in name)
+    assert "rsqrt" in norm and "fake_quant" in norm and "silu" in silu and "fake_quant" in silu
+    weights = [name for name in backward["calls"] if sorted(set(stored(backward, name) if name.startswith("triton") else [])) == ["bf16", "fp32"] and "div" in name and "rsqrt" not in name and "tanh" not in name]
+    assert len(weights) == 3 and count(backward, "extern") == 6
+    assert len(backward["calls"]) == 6 + 3 + 1 + 1 + 2, "products, weights, the gate's product, the norm, and the sums of the norm's gradient"
 
 
 def test_the_optimizer_reads_its_master(qcase: QCase) -> None:

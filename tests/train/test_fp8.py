@@ -283,6 +283,20 @@ def test_evaluation_runs_the_recipe():
     assert {str(c) for c in graph.plan.values()} == {"e4m3.row @ e4m3.row"} and close(y, model(x).detach(), 0.1)
 
 
+def test_quantize_after_training_gives_what_evaluation_ran():
+    model, x = Net(), torch.randn(5, 32)
+    with said():
+        fast = compiled(model, "delayed")
+        steps(model, fast, 3)
+        with torch.no_grad():
+            y = fast(x)
+        qcompile.quantize(model, "FP8", [x], progress=False)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            assert torch.equal(torch.compile(model, backend="qcompile", options={"lower": "eager"})(x), y)
+    assert sum(p.element_size() == 1 for p in model.parameters()) == 2, "both are codes"
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e5])
 def test_overflows_are_counted(bad):
     """Values beyond the scale saturate; inf and NaN stay; the histories survive both, and the report counts."""
