@@ -13,9 +13,9 @@ JOBS ?= 2
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
-# side by side: mypy alone would leave a core idle for a minute
-test: $(READY)
-	$(MAKE) -j3 lint types unit
+# types and tests side by side: mypy alone would leave a core idle for a minute
+test: lint
+	$(MAKE) -j2 types unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

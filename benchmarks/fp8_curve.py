@@ -134,7 +134,7 @@ def main() -> int:
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--files", type=int, default=0, help="read this many training files only")
     cli.add_argument("--windows", type=int, default=0, help="judge by this many held-out windows only")
-    cli.add_argument("--dropout", type=float, default=0.2, help="on the residual branches, as in train_lm.py; without it 1,000 steps learn a small corpus by heart")
+    cli.add_argument("--dropout", type=float, default=0.2, help="on the residual branches, as in train_lm.py; without it 1,000 steps learn a small corpus by heart, a large one (--corpus) not; masks differ between compiled graphs, which is a difference of its own")
     cli.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="the standard library to read (default: this Python's)")
     cli.add_argument("--corpus", type=Path, help="a corpus made by train_lm.py --pack, instead of --stdlib")
     cli.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

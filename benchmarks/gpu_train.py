@@ -60,7 +60,7 @@ def zipf(vocabulary: int, sizes: tuple[int, int], device: str) -> Tensor:
 
 
 class Steps:
-    """A model, its optimizer, a few batches, and the compiled loss."""
+    """A model, its optimizer, its batches (of tokens as many as steps, of hidden states three), and the compiled loss."""
 
     def __init__(self, shape: Shape, train: str | None, device: str, **options: Any) -> None:
         import transformers
@@ -186,6 +186,8 @@ def main() -> int:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--no-checks", action="store_true")
     given = parser.parse_args()
+    if given.steps + 5 > FRESH:
+        parser.error(f"--steps {given.steps}: there are {FRESH} batches, and 5 steps come first")
     begun, rows = time.perf_counter(), []
     cuda = torch.device(given.device).type == "cuda"
     about = {"gpu": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}

@@ -73,14 +73,15 @@ def compiled(card: str) -> list[str]:
     machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in gpu_tables.rows(report, "linear")}
     lines = [
         f"**{machine['gpu']}**, torch {machine['torch']}; a reduction reads {machine['read_tb_s']} TB/s there, a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. Random weights, six in rotation so that L2 does not help, "
-        "launches in a CUDA graph, every output checked first. Microseconds of the whole compiled linear, 4096 -> 14336, quantization of the input included, by rows of activations; in brackets the best of other libraries on such a card. Tiles were chosen on an H100:",
+        "launches in a CUDA graph, every output checked first. Microseconds of the whole compiled linear, 4096 -> 14336, quantization of the input included, by rows of activations; in brackets the best of other libraries on such a card, and the goal. Tiles were chosen on an H100:",
         "",
         "| recipe | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
         "| --- |" + " --- |" * len(ROWS),
         "| bfloat16 | " + " | ".join(f"{statistics.median(r['bf16_us'] for r in linears.values() if r['m'] == m):.1f}" for m in ROWS) + " |",
     ]
     for case in GPU_CASES:
-        cells = [f"{linears[case.recipe, m]['us']:.1f} ({dict(case.peer)[m]:g})" if (case.recipe, m) in linears else "" for m in ROWS]
+        found = [linears.get((case.recipe, m)) for m in ROWS]
+        cells = [f"{r['us']:.1f} ({dict(case.peer)[r['m']]:g}; {r['goal_us']:g}{gpu_tables.met(r['met']).replace(' (', ', ').rstrip(')')})" if r is not None else "" for r in found]
         lines.append(f"| {case.recipe} | " + " | ".join(cells) + " |")
     return [*lines, *gpu_tables.markdown(report), ""]
 
@@ -160,8 +161,8 @@ def coverage() -> str:
 
 
 def train() -> str:
-    """Markdown of what training gave: `results/h200/train.json` of `train.py`, `qlora.json` of `gpu_qlora.py`, `fp8_training.json` of `gpu_train.py` and `fp8_curve.json` of `fp8_curve.py`."""
-    qat, qlora, fp8, curve = (json.loads((RESULTS / "h200" / f"{name}.json").read_text()) for name in ("train", "qlora", "fp8_training", "fp8_curve"))
+    """Markdown of what training gave: `results/h200/train.json` of `train.py`, `qlora.json` of `gpu_qlora.py`, `fp8_training.json` of `gpu_train.py`, and `fp8_curve.json` and `fp8_curve_dropout.json` of `fp8_curve.py`."""
+    qat, qlora, fp8, curve, dropped = (json.loads((RESULTS / "h200" / f"{name}.json").read_text()) for name in ("train", "qlora", "fp8_training", "fp8_curve", "fp8_curve_dropout"))
     methods = list(dict.fromkeys(row["method"] for row in qat["rows"]))
     cases: dict[str, dict[str, Any]] = {}
     for row in qat["rows"]:
@@ -179,6 +180,8 @@ def train() -> str:
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     lines += [
         "",
+        qat["note"] + ".",
+        "",
         f"QLoRA on the 8B shape (rank {qlora['about']['rank']} on every linear, base `{qlora['about']['weight']}`, released), one step of batch 1 on one {qlora['about']['gpu']}, beside bitsandbytes {qlora['about']['bitsandbytes']} with PEFT, eager as people run it and with its layers compiled by Inductor. "
         "Milliseconds and peak GB:",
         "",
@@ -194,14 +197,17 @@ def train() -> str:
         plain, *others = [r for r in fp8["rows"] if r.get("model") == shape and "ms" in r]
         timed.append(f"of {said}, bf16 {plain['ms']:.1f} ms; " + "; ".join(f"{r['way']} scaling {r['ms']:.1f} ms ({r['faster']:.2f}x)" for r in others))
     ways = {"again": "bf16 over other windows", "lm": "delayed scaling and FP8-LM's AdamW", "te": "delayed scaling by the maximum alone"}
-    plain, *others = curve["rows"]
-    settings = curve["settings"]
+    curves, above = [], []
+    for settings, (plain, *others) in ((one["settings"], one["rows"]) for one in (curve, dropped)):
+        parts = [f"{ways.get(r['way'], r['way'] + ' scaling')} {r['losses'][-1]:.3f} ({r['losses'][-1] / plain['losses'][-1] - 1:+.1%}; at worst {r['worst']:+.1%} in the second half; perplexity {r['perplexity_apart']:+.1%})" for r in others]
+        above += [f"{r['way']} scaling with dropout {settings['dropout']:g}" for r in others if r["way"] not in ways and max(r["worst"], r["perplexity_apart"]) > 0.01]
+        curves.append(f"dropout {settings['dropout']:g}, bf16 {plain['losses'][-1]:.3f}, " + ", ".join(parts))
     lines += [
         "",
         f"FP8 training, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: " + "; and ".join(timed) + f" ({fp8['note']}).",
         "",
-        f"The small model from nothing, {settings['steps']:,} steps of {settings['batch']} x {settings['context']:,} tokens on one {curve['about']['device']} (`benchmarks/fp8_curve.py`), mean loss of the last {plain['span']} steps: bf16 {plain['losses'][-1]:.3f}, "
-        + ", ".join(f"{ways.get(r['way'], r['way'] + ' scaling')} {r['losses'][-1]:.3f} ({r['losses'][-1] / plain['losses'][-1] - 1:+.1%}; at worst {r['worst']:+.1%} in the second half)" for r in others) + ".",
+        f"The small model from nothing, {settings['steps']:,} steps of {settings['batch']} x {settings['context']:,} tokens on one {curve['about']['device']} (`benchmarks/fp8_curve.py --corpus ...`), mean loss of the last {plain['span']} steps and held-out perplexity, beside bf16's: "
+        + "; and with ".join(curves) + f". How far other windows alone move bf16 says how much of this is chance. More than 1 % above bf16: {', '.join(above) or 'none'}.",
     ]  # fmt: skip
     return "\n".join(lines)
 

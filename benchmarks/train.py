@@ -7,7 +7,7 @@ The teacher of distilled rows is the shipped model. Perplexities of windows of 1
     python benchmarks/train.py --steps 400 --json benchmarks/results/h200/train.json
     python benchmarks/train.py --plot benchmarks/results/h200/train.json
 
-A row takes about 35 seconds on an H200, the first of a scheme, which is compiled, two minutes; on two CPU cores take `--batch 4 --context 256`, which is another experiment.
+A row takes 25 seconds on an H200, one that is compiled a minute and more; on two CPU cores take `--batch 4 --context 256`, which is another experiment.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from qcompile.train.distill import Distillation
 
 @dataclass(frozen=True)
 class Case:
-    """One scheme: options of the backend, the training recipe, and the learning rates of weights: ``rate`` with a teacher, ``alone`` where the next token is all that is learned; how the converted
-    model is judged: by the references of its graph, or by kernels as the trained one is, where tensor cores add up with fewer bits than float32 has."""
+    """One scheme: options of the backend, the training recipe, and the learning rates of weights: ``rate`` with a teacher, ``alone`` where the next token is all that is learned; how rounded and
+    converted models are judged: by the references of their graphs, or by kernels as trained ones are, where tensor cores add up with fewer bits than float32 has."""
 
     name: str
     options: dict[str, Any]
@@ -84,6 +84,8 @@ class Row:
     steps: int = 0
     seconds: float = 0.0
     repaired: int = 0
+    rate: float = math.nan
+    dropout: float = 0.0
     losses: list[float] = field(default_factory=list)
 
 
@@ -117,7 +119,7 @@ class Experiment:
 
     def rounded(self, case: Case) -> Row:
         """Rounding to nearest, no training."""
-        fast = torch.compile(copy.deepcopy(self.model), backend="qcompile", options={**case.options, "lower": "eager"})
+        fast = torch.compile(copy.deepcopy(self.model), backend="qcompile", options={**case.options, "lower": case.lower})
         return Row(case.name, "PTQ", self.judge(fast), fp32=self.fp32)
 
     def trained(self, case: Case, method: str, before: float) -> Row:
@@ -152,7 +154,7 @@ class Experiment:
         for hook in hooks:
             hook.remove()
         after = self.judge(fast.eval())
-        row = Row(case.name, method, after, fp32=self.fp32, steps=self.args.steps, seconds=seconds, losses=[round(float(x), 4) for x in losses])
+        row = Row(case.name, method, after, fp32=self.fp32, steps=self.args.steps, seconds=seconds, rate=rate, dropout=self.args.dropout if hooks else 0.0, losses=[round(float(x), 4) for x in losses])
         row.closed = (before - after) / (before - self.fp32) if before > self.fp32 else math.nan
         row.repaired = sum(qcompile.train.repaired(fast).values())
         row.converted = self.converted(model, case)
@@ -228,14 +230,14 @@ def save(experiment: Experiment, rows: Sequence[Row]) -> None:
     """Write what is known so far, and its picture. Rows of an earlier run with the same settings stay, unless they were measured again."""
     args = experiment.args
     about = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", "torch": torch.__version__, "python": sys.version.split()[0]}
-    settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "dropout", "seed", "windows")} | {"train_tokens": len(experiment.data)}
+    settings = {key: getattr(args, key) for key in ("steps", "batch", "context", "dropout", "rate", "seed", "windows")} | {"train_tokens": len(experiment.data)}
     known = {(r.case, r.method): r for r in rows}
     if args.json.exists():
         earlier = json.loads(args.json.read_text())
         if (earlier["about"], earlier["settings"]) == (about, settings):
             known = {(r["case"], r["method"]): Row(**r) for r in earlier["rows"]} | known
     cases, methods = list(CASES), ["PTQ", *METHODS]
-    every = sorted(known.values(), key=lambda r: (cases.index(r.case), methods.index(r.method)))
+    every = sorted((r for r in known.values() if r.case in cases and r.method in methods), key=lambda r: (cases.index(r.case), methods.index(r.method)))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"about": about, "settings": settings, "rows": [asdict(r) for r in every]}, indent=1) + "\n")
     plot(every, args.json.with_suffix(".png"))

@@ -16,15 +16,15 @@ _LAST: dict[int, tuple[weakref.ref[nn.Module], str, str]] = {}
 
 
 def live_modules(*besides: type[nn.Module]) -> list[nn.Module]:
-    """All modules there are, those of the classes ``besides`` and their subclasses apart. Millions of objects may live: no line of Python is run for each."""
-    kinds, more = set[type](), [nn.Module]
+    """All modules there are, those of the classes ``besides`` and their subclasses apart. Millions of objects may live: no line of Python is run for each, and classes, which need not be hashable, are told by their ids."""
+    kinds, more, apart = dict[int, type](), [nn.Module], set(map(id, besides))
     while more:
         kind = more.pop()
-        if kind not in kinds and kind not in besides:
-            kinds.add(kind)
+        if id(kind) not in kinds and id(kind) not in apart:
+            kinds[id(kind)] = kind
             more += kind.__subclasses__()
     alive = gc.get_objects()
-    return list(compress(alive, map(kinds.__contains__, map(type, alive))))
+    return list(compress(alive, map(kinds.__contains__, map(id, map(type, alive)))))
 
 
 def owners(tables: set[int] | None = None) -> dict[int, tuple[nn.Module, str, str]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import pathlib
 
 import pytest
 from small import ROOT, python
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 CODE = f"""
 import sys, json
@@ -37,11 +35,7 @@ print(json.dumps(out))
 
 
 def run(folder, *what):
-    """One process that compiles these after one another with a private cache; the C++ header, which takes longer than all of them, is compiled for all tests once."""
-    shared, own = pathlib.Path(cache_dir()) / "precompiled_headers", folder / "precompiled_headers"
-    shared.mkdir(parents=True, exist_ok=True)
-    if not own.exists():
-        own.symlink_to(shared)
+    """One process that compiles these after one another with a private cache."""
     code = f"import sys; sys.argv = ['', {','.join(what)!r}]\n{CODE}"
     return json.loads(python(code, TORCHINDUCTOR_CACHE_DIR=str(folder), TORCHINDUCTOR_FX_GRAPH_CACHE="1", TORCHINDUCTOR_AUTOGRAD_CACHE="1").splitlines()[-1])
 

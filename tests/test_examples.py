@@ -1,4 +1,4 @@
-"""Every example runs as it is, with fewer steps and by its references: what Inductor makes of such graphs is in tests/train and in the README's session."""
+"""Every example runs as it is, with fewer steps and by its references: what Inductor makes of such graphs is in tests/train."""
 
 from __future__ import annotations
 

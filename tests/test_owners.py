@@ -32,6 +32,17 @@ def test_names_are_those_in_the_outermost_module():
     assert names(owners(), wrapped) == {f"a.{name}" for name, _ in model["a"].named_parameters()}
 
 
+def test_classes_that_cannot_be_hashed():
+    """They are somebody else's, and live beside the model."""
+
+    class Meta(type):
+        def __eq__(cls, other):
+            return False
+
+    stranger, model = Meta("Stranger", (), {})(), Net()
+    assert names(owners(), model) == {name for name, _ in model.named_parameters()} and stranger is not None
+
+
 def test_the_last_scan_serves_others(scans):
     model = nn.ModuleList([Net(), Net()])
     first = owners_of(model[0].parameters())

@@ -46,7 +46,7 @@ def test_tables(name, monkeypatch, capsys):
 
 def test_tables_from_the_shell():
     done = subprocess.run([sys.executable, "-m", "qcompile", "training"], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0 and done.stdout.strip() in README, done.stderr
+    assert done.returncode == 0 and f"<!-- training -->\n{done.stdout.strip()}\n<!-- end -->" in README, done.stderr
 
 
 def test_the_place_of_the_accuracy_table():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,14 @@ def run(file: str, check: str, device: str = "cpu") -> str:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, file, check, device, folder]
         ranks = ("01",) if device == "cpu" else ("0", "1")
-        started = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/") for rank in ranks]
-        printed = [process.communicate(timeout=300)[0] for process in started]
+        started = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/", start_new_session=True) for rank in ranks]
+        printed = []
+        for process in started:
+            try:
+                printed.append(process.communicate(timeout=300)[0])
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                printed.append(f"{process.communicate()[0]}\nnot done after 300 s")
     assert not any(process.returncode for process in started), "\n".join(text[-4000:] for text in printed)
     return printed[0]
 
@@ -46,9 +53,15 @@ def main(checks: Mapping[str, Callable[[int], None]]) -> None:
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
     store = dist.FileStore(str(pathlib.Path(folder) / "meet"), 2)
+    store.set_timeout(timedelta(seconds=60))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.manual_seed(0)
-    checks[name](rank)
+    try:
+        checks[name](rank)
+    except BaseException:
+        if child:  # it would wait for this one, and keep the pipe open
+            os.kill(child, signal.SIGTERM)
+        raise
     # both are done before one closes its connections: through the store, since a process that still waits in a barrier of gloo fails when the other one leaves
     store.set(f"done{rank}", "yes")
     store.wait(["done0", "done1"])
