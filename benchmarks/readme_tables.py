@@ -83,7 +83,8 @@ def compiled(card: str) -> list[str]:
         found = [linears.get((case.recipe, m)) for m in ROWS]
         cells = [f"{r['us']:.1f} ({dict(case.peer)[r['m']]:g}; {r['goal_us']:g}{gpu_tables.met(r['met']).replace(' (', ', ').rstrip(')')})" if r is not None else "" for r in found]
         lines.append(f"| {case.recipe} | " + " | ".join(cells) + " |")
-    return [*lines, *gpu_tables.markdown(report), ""]
+    pictures = [line for name in gpu_plots.drawn(report) for line in ("", f"![{name}](benchmarks/results/{card}/{name}.png)")]
+    return [*lines, *gpu_tables.markdown(report), *pictures, ""]
 
 
 def gpu(card: str = CARD) -> str:
@@ -226,7 +227,8 @@ def main() -> None:
         README.write_text(re.sub(rf"<!-- {given.section} -->\n.*?<!-- /{given.section} -->", lambda _: f"<!-- {given.section} -->\n{text}\n<!-- /{given.section} -->", README.read_text(), flags=re.S))
         if given.section == "gpu":
             picture(RESULTS / CARD / "linear.png")
-            gpu_plots.draw(json.loads((RESULTS / CARD / "gpu.json").read_text()), RESULTS / CARD)
+            for card in (CARD, "h200"):
+                gpu_plots.draw(json.loads((RESULTS / card / "gpu.json").read_text()), RESULTS / card)
 
 
 if __name__ == "__main__":
