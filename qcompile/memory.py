@@ -7,6 +7,7 @@ Torch refuses writes into it, but for ``fill_`` and ``zero_``, behind which the 
 
 from __future__ import annotations
 
+import gc
 import re
 import weakref
 from collections.abc import Collection, Iterable
@@ -18,7 +19,6 @@ from torch.nn.utils import parametrize
 
 from qcompile.core.errors import WeightError
 from qcompile.core.qtensor import dequantize
-from qcompile.owners import live_modules
 from qcompile.stored import Stored
 from qcompile.weights import TABLE, Key, Record, state_of
 
@@ -171,8 +171,8 @@ def _copied(p: Any, memo: dict[int, Any]) -> Any:
 def guard(parameters: Collection[Tensor]) -> None:
     """Hooks for ``state_dict`` and ``load_state_dict`` on all live modules that own one of these parameters; one scan for all of them."""
     wanted = {id(p) for p in parameters}
-    for module in live_modules():
-        if "_qcompile_guarded" not in module.__dict__ and any(id(q) in wanted for q in module.__dict__.get("_parameters", {}).values()):
+    for module in gc.get_objects():
+        if issubclass(type(module), nn.Module) and "_qcompile_guarded" not in module.__dict__ and any(id(q) in wanted for q in module.__dict__.get("_parameters", {}).values()):
             module.__dict__["_qcompile_guarded"] = True
             module.register_state_dict_post_hook(_dequantize_released)
             module.register_load_state_dict_pre_hook(_revive_released)
