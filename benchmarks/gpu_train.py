@@ -60,7 +60,7 @@ def zipf(vocabulary: int, sizes: tuple[int, int], device: str) -> Tensor:
 
 
 class Steps:
-    """A model, its optimizer, its batches (of tokens as many as steps, of hidden states three), and the compiled loss."""
+    """A model, its optimizer, its batches (of tokens more than steps, of hidden states three and what they are compared with), and the compiled loss."""
 
     def __init__(self, shape: Shape, train: str | None, device: str, **options: Any) -> None:
         import transformers
@@ -81,7 +81,7 @@ class Steps:
         if shape.head:
             self.data = [zipf(config.vocab_size, sizes, device) for _ in range(FRESH)]  # no batch twice: steps that learn batches by heart measure how fast they do, and any difference at all is multiplied
         else:
-            self.data = [torch.randn(*sizes, config.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(4)]
+            *self.data, self.target = [torch.randn(*sizes, config.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(4)]
         self.head = shape.head
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=self.device.type == "cuda")
         how: dict[str, Any] = {} if train is None else {"backend": "qcompile", "options": {"train": train, **options}}
@@ -95,8 +95,8 @@ class Steps:
 
     def forward_backward(self, i: int) -> Tensor:
         """Gradients of batch i; its loss."""
-        x = self.data[i % (FRESH if self.head else 3)]
-        loss = self.loss(x, x if self.head else self.data[3])
+        x = self.data[i % len(self.data)]
+        loss = self.loss(x, x if self.head else self.target)
         loss.backward()
         return loss.detach()
 

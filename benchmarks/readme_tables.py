@@ -67,13 +67,19 @@ def cpu() -> str:
     return "\n".join(lines)
 
 
+def beyond(card: str, report: gpu_tables.Report) -> list[str]:
+    """All other tables that a card has rows for, and their pictures."""
+    pictures = [line for name in gpu_plots.drawn(report) for line in ("", f"![{name}](benchmarks/results/{card}/{name}.png)")]
+    return [*gpu_tables.markdown(report), *pictures]
+
+
 def compiled(card: str) -> list[str]:
     """Whole compiled linears at all numbers of rows, beside bfloat16 in the same run and the best of other libraries, and what else `run.py gpu` measured on a card."""
     report = json.loads((RESULTS / card / "gpu.json").read_text())
     machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in gpu_tables.rows(report, "linear")}
     lines = [
         f"**{machine['gpu']}**, torch {machine['torch']}; a reduction reads {machine['read_tb_s']} TB/s there, a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. Random weights, six in rotation so that L2 does not help, "
-        "launches in a CUDA graph, every output checked first. Microseconds of the whole compiled linear, 4096 -> 14336, quantization of the input included, by rows of activations; in brackets the best of other libraries on such a card, and the goal. Tiles were chosen on an H100:",
+        "launches in a CUDA graph, every output checked first. Microseconds of the whole compiled linear, 4096 -> 14336, quantization of the input included, by rows of activations; in brackets the best of other libraries on such a card, and then the goal. Tiles were chosen on an H100:",
         "",
         "| recipe | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
         "| --- |" + " --- |" * len(ROWS),
@@ -81,10 +87,9 @@ def compiled(card: str) -> list[str]:
     ]
     for case in GPU_CASES:
         found = [linears.get((case.recipe, m)) for m in ROWS]
-        cells = [f"{r['us']:.1f} ({dict(case.peer)[r['m']]:g}; {r['goal_us']:g}{gpu_tables.met(r['met']).replace(' (', ', ').rstrip(')')})" if r is not None else "" for r in found]
+        cells = [f"{r['us']:.1f} ({dict(case.peer)[r['m']]:g}); {gpu_tables.goal(format(r['goal_us'], 'g'), r['met'])}" if r is not None else "" for r in found]
         lines.append(f"| {case.recipe} | " + " | ".join(cells) + " |")
-    pictures = [line for name in gpu_plots.drawn(report) for line in ("", f"![{name}](benchmarks/results/{card}/{name}.png)")]
-    return [*lines, *gpu_tables.markdown(report), *pictures, ""]
+    return [*lines, *beyond(card, report), ""]
 
 
 def gpu(card: str = CARD) -> str:
@@ -122,10 +127,7 @@ def gpu(card: str = CARD) -> str:
         if row["m"] == 1:
             rate = row["n"] * row["k"] * bits[row["recipe"]] / 8 / row["us"] / 1e6
             lines.append(f"| {row['recipe']} | {row['n']} x {row['k']} | {row['us']:.1f} | {row['bf16_us']:.1f} | {row['bf16_us'] / row['us']:.2f} | {rate:.2f} TB/s |")
-    lines += gpu_tables.markdown(report)
-    for name in gpu_plots.drawn(report):
-        lines += ["", f"![{name}](benchmarks/results/{card}/{name}.png)"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *beyond(card, report)])
 
 
 def picture(path: Path, card: str = CARD) -> None:
@@ -180,8 +182,7 @@ def train() -> str:
         cells = [f"{r['perplexity']:.3f}" + (f" ({r['closed']:.0%})" if r["method"] != "PTQ" else "") if (r := rows.get(m)) else "" for m in methods]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     lines += [
-        "",
-        qat["note"] + ".",
+        *(["", note + "."] if (note := qat.get("note")) else []),
         "",
         f"QLoRA on the 8B shape (rank {qlora['about']['rank']} on every linear, base `{qlora['about']['weight']}`, released), one step of batch 1 on one {qlora['about']['gpu']}, beside bitsandbytes {qlora['about']['bitsandbytes']} with PEFT, eager as people run it and with its layers compiled by Inductor. "
         "Milliseconds and peak GB:",
@@ -205,7 +206,7 @@ def train() -> str:
         curves.append(f"dropout {settings['dropout']:g}, bf16 {plain['losses'][-1]:.3f}, " + ", ".join(parts))
     lines += [
         "",
-        f"FP8 training, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: " + "; and ".join(timed) + f" ({fp8['note']}).",
+        f"FP8 training, 8,192 tokens, forward, backward and a step of fused AdamW on one {fp8['machine']['gpu']}: " + "; and ".join(timed) + (f" ({note})." if (note := fp8.get("note")) else "."),
         "",
         f"The small model from nothing, {settings['steps']:,} steps of {settings['batch']} x {settings['context']:,} tokens on one {curve['about']['device']} (`benchmarks/fp8_curve.py --corpus ...`), mean loss of the last {plain['span']} steps and held-out perplexity, beside bf16's: "
         + "; and with ".join(curves) + f". How far other windows alone move bf16 says how much of this is chance. More than 1 % above bf16: {', '.join(above) or 'none'}.",

@@ -327,12 +327,8 @@ CHECKS = {
     "fsdp2, frozen codes": check_fsdp2_frozen,
 }
 
-
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BY_HAND = pytest.mark.skipif("QCOMPILE_SLOW" not in os.environ, reason="two processes compile C++ for two minutes: QCOMPILE_SLOW=1 runs it")
-
-
-INTEGERS = pytest.mark.skipif(TORCH < (2, 13), reason="FSDP2 of torch 2.11 asks for gradients of all parameters, and integers have none; 2.12 was not tried")
+INTEGERS = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="FSDP2 of torch 2.11 asks for gradients of all parameters, and integers have none; 2.12 was not tried")
 MARKS = {"ddp, buckets through Inductor": BY_HAND, "fsdp2, frozen codes": INTEGERS}
 
 

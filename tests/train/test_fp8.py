@@ -184,7 +184,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("how", ["delayed"])
 def test_checkpointed_bodies(how):
-    """The same losses, gradients and histories as without: what is computed again uses the scales of its forward."""
+    """Compiled by Inductor, the same losses, gradients and histories as without, by the references: what is computed again uses the scales of its forward."""
     found = []
     for on in (False, True):
         torch._dynamo.reset()
