@@ -142,7 +142,9 @@ class CompiledGraph:
             self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return self._engine(gm)
         smooth = any(isinstance(c, Choice) and c.smooth for c in self.plan.values())
-        more = {"realize_reads_threshold": 8} if smooth else {}  # a norm that reads the residual, its weight and the vector is still one kernel with the quantization behind it
+        more: dict[str, Any] = {"realize_reads_threshold": 8} if smooth else {}  # a norm that reads the residual, its weight and the vector is still one kernel with the quantization behind it
+        if self.options.inductor.get("triton.cudagraphs"):
+            more["triton.enable_pdl"] = True  # where launches cost the CPU nothing, kernels may begin while the one before ends
         patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, self._key())}
         if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
             patches["triton.cudagraphs"] = False

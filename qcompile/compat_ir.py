@@ -38,6 +38,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 # --- Inductor: lowerings and templates -------------------------------------------------------------------------------
 
 _TEMPLATES: dict[str, Any] = {}
+WAIT, LET = "tl.extra.cuda.gdc_wait()", "tl.extra.cuda.gdc_launch_dependents()"
+"""Programmatic dependent launch: wait for the kernel before, whole, and let the one after begin. Whoever lets the next kernel begin has waited first, so that when a kernel runs, all but the last before it are done."""
 
 
 def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
@@ -54,9 +56,40 @@ def flush_lowerings() -> None:
         return
     from torch._inductor.lowering import register_lowering as register
 
+    always_wait()
+
     while _PENDING:
         op, fn = _PENDING.pop()
         register(op, type_promotion_kind=None)(fn)
+
+
+def launches_early(device: torch.device) -> bool:
+    """Kernels begin while the one before ends (Inductor's ``triton.enable_pdl``), which needs compute capability 9."""
+    return bool(torch._inductor.config.triton.enable_pdl) and device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0)
+
+
+def always_wait() -> None:
+    """Inductor's own kernels wait for the one before only where they read what it wrote, or load anything at all. One that only fills memory does not, and the kernel behind it, which waits for
+    the fill alone, could run before what came before the fill is done. So that one waits, too."""
+    from torch._inductor.codegen.triton import TritonKernel
+
+    given = TritonKernel._filter_pdl
+    if getattr(given, "waits", False):
+        return
+
+    def filtered(self: Any, code: Any) -> None:
+        given(self, code)
+        if self._enable_pdl_codegen() and not any(WAIT in line for line in code._lines if isinstance(line, str)):
+            code._lines.insert(0, WAIT)
+
+    filtered.waits = True  # type: ignore[attr-defined]
+    TritonKernel._filter_pdl = filtered  # type: ignore[method-assign]
+
+
+def _early(source: str) -> str:
+    """A template that waits before its first statement. Nothing is read earlier: asked for before the kernel ahead has ended, weights only take bandwidth from it (measured, by L2 prefetches)."""
+    head, arguments, body = source.partition("}}\n")
+    return f"{head}{arguments}    {WAIT}\n    {LET}\n{body}"
 
 
 def lower_template(
@@ -71,14 +104,17 @@ def lower_template(
     from torch._inductor.kernel.mm_common import mm_grid
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
 
+    early = launches_early(inputs[0].get_device())
+    name = f"{name}_early" if early else name
     if name not in _TEMPLATES:
-        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=source())
+        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=_early(source()) if early else source())
     nodes = [ir.ExternKernel.realize_input(node) for node in inputs]
     nodes = [node if strided and static_int(node.get_stride()[-1]) == 1 else ir.ExternKernel.require_contiguous(node) for node in nodes]
     layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))  # type: ignore[arg-type]
     choices: list[Any] = []
     for config in configs:
-        error = _TEMPLATES[name].maybe_append_choice(choices, input_nodes=tuple(nodes), layout=layout, **config)
+        more: dict[str, Any] = {"triton_meta": {"launch_pdl": True}} if early else {}
+        error = _TEMPLATES[name].maybe_append_choice(choices, input_nodes=tuple(nodes), layout=layout, **more, **config)
         if error is not None:
             raise error
     out = autotune_select_algorithm(name, choices, nodes, layout)

@@ -217,3 +217,15 @@ def test_an_old_gpu_under_strict(options, x, monkeypatch):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=r"2 linears are emulated.*compute capability 8\.9, this device has \(8, 0\)"):
             compiled(Net(), strict=True, lower="eager", **options)(x)
+
+
+@pytest.mark.parametrize(("options", "early"), [({}, None), ({"mode": "reduce-overhead"}, True), ({"mode": "reduce-overhead", "inductor": {"triton.enable_pdl": False}}, False)])
+def test_kernels_launch_early_where_cuda_graphs_are_asked_for(options, early, x, monkeypatch):
+    """A launch that may begin early takes Triton's own launcher, which without a graph costs more than it gains."""
+    from qcompile import compat
+
+    seen = []
+    monkeypatch.setattr(compat, "inductor", lambda gm, inputs, patches, table: seen.append(patches) or gm)
+    with torch.no_grad():
+        torch.compile(Net().eval(), backend="qcompile", options=options)(x)
+    assert [patches.get("triton.enable_pdl") for patches in seen] == [early]

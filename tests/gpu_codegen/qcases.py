@@ -180,6 +180,25 @@ def decoding() -> Parts:
     return parts | quantized(Broadcast().eval().to(torch.bfloat16), inputs, {"broadcast": {"recipe": "W8A16"}})
 
 
+class Filled(nn.Module):
+    """A layer of a model's kind, and a kernel that reads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False)
+
+    def forward(self, x: T) -> tuple[T, T]:
+        y = self.down(F.silu(self.up(F.rms_norm(x, (256,)))))
+        return y + x, torch.arange(512, device=x.device) * 3
+
+
+def early() -> Parts:
+    """Kernels that begin while the one before ends, and, "plain", the same without."""
+    pdl = {"inductor": {"triton.enable_pdl": True}}
+    options = {"W8A8": {"recipe": "W8A8", **pdl}, "W4A16": {"recipe": "W4A16", **pdl}, "plain": {"recipe": "W8A8"}}
+    return quantized(Filled().eval().to(torch.bfloat16), (bf16(1, 256),), options)
+
+
 def experts() -> Parts:
     """Mixtral's experts with rows sorted by expert and with one expert for each row."""
     from pathlib import Path

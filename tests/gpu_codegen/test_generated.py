@@ -77,3 +77,23 @@ def test_transformers(isolated: Isolated, model: str, matmuls: dict[str, int]) -
 def test_a_failing_case_shows_its_output(isolated: Isolated) -> None:
     with pytest.raises(AssertionError, match="no_such_case"):
         isolated("no_such_case")
+
+
+@pytest.mark.parametrize("part", ["W8A8", "W4A16"])
+def test_early_launches_wait_for_the_kernel_before(qcase: Callable[..., dict[str, Any]], part: str) -> None:
+    """Every kernel waits before it reads or writes and before it lets the next one begin; the one that only fills memory, which Inductor leaves without a wait, too."""
+    result = qcase("early")[part]
+    assert result["externs"] == [] and len(result["kernels"]) == (4 if part == "W4A16" else 5)
+    for kernel in result["kernels"]:
+        text = kernel["source"]
+        assert "'launch_pdl': True" in text, kernel["name"]
+        begin = text.index("@triton.jit")
+        wait = text.index("tl.extra.cuda.gdc_wait()", begin)
+        later = [text.find(word, begin) for word in ("tl.load(", "tl.store(", "gdc_launch_dependents()")]
+        assert all(wait < at for at in later if at >= 0), kernel["name"]
+        assert ("tl.load(" in text) == ("gdc_launch_dependents()" in text), kernel["name"]
+    compiles(result)
+
+
+def test_launches_are_early_only_where_it_is_asked_for(qcase: Callable[..., dict[str, Any]]) -> None:
+    assert not any("gdc_wait" in kernel["source"] or "'launch_pdl': True" in kernel["source"] for kernel in qcase("early")["plain"]["kernels"])
