@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cases import Breakdown
-from gpu_model import Decoder, build, check, compiled
+from gpu_model import EARLY, Decoder, build, check, compiled
 
 GROUPS = ("linear", "attention", "cache", "rest")
 PATTERNS = (
@@ -102,7 +102,7 @@ def breakdown(case: Breakdown) -> dict[str, Any]:
     model = build(case.model, num_hidden_layers=case.layers)
     decoder = Decoder(model, case.batch, case.context)
     exact = decoder.once(model)
-    forward = compiled(model, case.recipe, case.head)
+    forward = compiled(model, case.recipe, case.head, **({} if case.recipe == "bf16" else EARLY))
     row = {
         "model": case.model,
         "layers": case.layers,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cases import BITS, Generate, Prefill, Run
 from gpu_floor import read_rate
-from gpu_model import ROOM, Decoder, build, check, compiled, linear_elements, settle
+from gpu_model import EARLY, ROOM, Decoder, build, check, compiled, linear_elements, settle
 from torch import nn
 
 
@@ -59,7 +59,7 @@ def decode(run: Run, about: Mapping[str, Any], device: str = "cuda", **other: An
             torch.cuda.reset_peak_memory_stats()
         beside = allocated(at) - dtype_bytes
         begin = time.perf_counter()
-        forward = compiled(model, run.recipe, run.head, **({} if run.recipe == "bf16" else {"release": True}))
+        forward = compiled(model, run.recipe, run.head, **({} if run.recipe == "bf16" else {"release": True, **EARLY}))
         y = decoder.once(forward)
         settle(at)
         ready = time.perf_counter() - begin
@@ -153,7 +153,7 @@ def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16,
     model = build(case.model, torch.bfloat16, device, **other)
     decoder = Decoder(model, 1, case.prompt)
     exact = decoder.once(model)
-    forward = compiled(model, case.recipe, case.head)
+    forward = compiled(model, case.recipe, case.head, **EARLY)
     row = {"model": case.model, "recipe": case.recipe, "head": case.head, "prompt": case.prompt, **check(decoder.once, model, case.recipe, case.head, decoder.once(forward), exact)}
     if not row["right"]:
         return row

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cases import SHAPE, GpuCase, Line
 from gpu_floor import floor_us
-from gpu_model import distance, settle
+from gpu_model import EARLY, distance, settle
 from torch import Tensor, nn
 from tune import ROTATE, graphed
 
@@ -48,7 +48,7 @@ def linear(case: GpuCase, m: int, n: int, k: int, about: Mapping[str, Any], devi
     recipe = find_recipe(case.recipe)
     options = {"weight": case.weight} if case.weight else {"recipe": case.recipe}
     weight, given = case.weight or recipe.weight, recipe.input
-    fast = [torch.compile(layer, backend="qcompile", dynamic=False, options=options) for layer in layers]
+    fast = [torch.compile(layer, backend="qcompile", dynamic=False, options={**options, **EARLY}) for layer in layers]
     start = time.perf_counter()
     y = fast[0](x)
     settle(x.device)
@@ -76,7 +76,7 @@ def line(case: Line, m: int, n: int, k: int, device: str = "cuda", copies: int =
 
     def compiled(options: Mapping[str, Any], calibrated: bool) -> list[Callable[..., Any]]:
         torch.compiler.reset()
-        found = [torch.compile(layer, backend="qcompile", dynamic=False, options=dict(options)) for layer in layers]
+        found = [torch.compile(layer, backend="qcompile", dynamic=False, options={**options, **EARLY}) for layer in layers]
         if calibrated:
             with qcompile.calibrate(found[0], progress=False):  # one sitting: they share their code
                 for f in found:

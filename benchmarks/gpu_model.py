@@ -34,6 +34,10 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", 
         torch.set_default_dtype(before)
 
 
+EARLY = {"inductor": {"triton.enable_pdl": True}}
+"""What mode="reduce-overhead" adds: kernels in a CUDA graph begin while the one before ends. Here graphs are captured by hand."""
+
+
 def compiled(model: nn.Module, recipe: str | None, head: str | None = None, **options: Any) -> Callable[..., Any]:
     """The model as it comes (``recipe`` None), by Inductor alone ("bf16"), or through our backend."""
     if recipe is None:

@@ -9,7 +9,7 @@ import torch
 from cases import Moe
 from gpu_floor import floor_us
 from gpu_linear import microseconds
-from gpu_model import distance
+from gpu_model import EARLY, distance
 from torch import Tensor, nn
 from tune import ROTATE
 
@@ -91,7 +91,7 @@ def moe(case: Moe, about: Mapping[str, Any], device: str = "cuda") -> dict[str, 
     plain = [torch.compile(module, dynamic=False) for module in modules]
     bf16 = microseconds(lambda i: plain[i % COPIES](*given[i]), device) if prepare(plain, given) else 0.0
     torch.compiler.reset()
-    fast = [torch.compile(module, backend="qcompile", dynamic=False, options={"recipe": case.recipe}) for module in modules]
+    fast = [torch.compile(module, backend="qcompile", dynamic=False, options={"recipe": case.recipe, **EARLY}) for module in modules]
     prepare(fast, given)
     error = distance(fast[0](*given[0]), truth(case, modules[0], given[0]))
     about_row = {"recipe": case.recipe, "what": "Qwen3 experts" if case.whole else "product", "m": case.m, "experts": case.experts, "top": case.top, "n": case.n, "k": case.k}

@@ -1,4 +1,4 @@
-"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only "16 @ int4"]`, and writes `kernels/tuned.json`.
+"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only W4A16] [--log LOG [--resume]]`, and writes `kernels/tuned.json`.
 
 Each candidate is the product's own template, rendered as an ordinary kernel (`standalone.py`), compiled by a pool of processes first, checked against float32 on the same codes, then timed:
 six weights in rotation so that L2 does not help, launches in a CUDA graph, median of replays. Where parts of K are split, adding them up is timed with it.
@@ -40,6 +40,8 @@ EVERYWHERE = ("W4A8", "W4A16", "W8A8")
 ROTATE, COPIES, REPLAYS = 6, 4, 7
 TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT", "UNROLL")
+PARTS = ((8, 4), (16, 4), (16, 8), (32, 4), (32, 8), (16, 2), (32, 2))
+"""BLOCK_N and the parts that K is cut in, a warp for each."""
 BY_WARPS = ((16, 1), (32, 2), (64, 4))
 """BLOCK_N and warps: sixteen rows of weights for each, so that no warp decodes what another does."""
 
@@ -58,8 +60,18 @@ class Job:
     gated: bool = False
 
 
-def candidates(recipe: str, m: int, n: int, gated: bool = False) -> Iterator[Tile]:
-    """Tiles worth a try. Few rows of weights want K in parts, to have enough programs. A gated product keeps two sums and is never split."""
+def candidates(recipe: str, m: int, n: int, k: int, gated: bool = False) -> Iterator[Tile]:
+    """Tiles worth a try: those of whole programs, then those whose programs cut K in parts."""
+    yield from ((*tile, 1) for tile in _whole(recipe, m, n, gated))
+    shapes = [(width, parts) for width, parts in PARTS if k % (128 * parts) == 0 and not (gated and width > 16)]
+    if m == 1:
+        yield from ((rows, width, 1, unroll, parts, stages, parts) for rows in (1, 16) for width, parts in shapes if parts > 2 for unroll, stages in ((1, 3), (1, 4), (1, 6), (2, 3)))
+    elif m <= 16:
+        yield from ((16, width, 1, unroll, parts, stages, parts) for width, parts in shapes if width > 8 for unroll, stages in ((1, 3), (1, 4), (2, 3)))
+
+
+def _whole(recipe: str, m: int, n: int, gated: bool) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Few rows of weights want K in parts, to have enough programs. A gated product keeps two sums and is never split."""
     parts = (1,) if n > 8192 else (1, 2, 4)
     if gated:
         turns = ((1, 4), (2, 3), (4, 2))
@@ -79,9 +91,9 @@ def candidates(recipe: str, m: int, n: int, gated: bool = False) -> Iterator[Til
         yield from ((16, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 5), (2, 3)))
     elif m <= 64:
         shapes = ((32, 4), (64, 4), (128, 4), (128, 8))
-        yield from ((64, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 4), (2, 3)))
+        yield from ((64, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 3), (1, 4), (1, 5), (2, 3)))
     elif m <= 256:
-        tiles_ = ((128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4))
+        tiles_ = ((128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4), (64, 128, 8))
         yield from ((rows, width, split, 1, warps, stages) for rows, width, warps in tiles_ for split in parts[:2] for stages in (3, 4))
     elif recipe in ("W4A8", "W8A8", "FP8"):  # the others dequantize once and call the library
         yield from ((rows, width, 1, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
@@ -92,8 +104,8 @@ def jobs(only: str | None) -> list[Job]:
     for m in (1, 16, 64, 256, 4096):
         for recipe in RECIPES if only is None else (only,):
             shapes = SHAPES if recipe in EVERYWHERE and m <= 256 else SHAPES[:1]
-            found += [Job(recipe, m, n, k, tile) for n, k in shapes if n < 50000 or m <= 16 for tile in candidates(recipe, m, n)]
-            found += [Job(recipe, m, n, k, tile, True) for n, k in GATED if recipe in (*EVERYWHERE, "FP8") for tile in candidates(recipe, m, n, True)]
+            found += [Job(recipe, m, n, k, tile) for n, k in shapes if n < 50000 or m <= 16 for tile in candidates(recipe, m, n, k)]
+            found += [Job(recipe, m, n, k, tile, True) for n, k in GATED if recipe in (*EVERYWHERE, "FP8") for tile in candidates(recipe, m, n, k, True)]
     return found
 
 
@@ -109,7 +121,7 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
     split = job.tile[2] > 1
     gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if job.gated else None
-    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0, gate)
+    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0, gate, stream.place(job.m, job.tile[0]), job.tile[6])
     sample = quantize(torch.ones(16, job.k), c.weight).flatten()
     shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
     types = {"X": TYPES[c.dtype]}
@@ -122,7 +134,7 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
 
 
 def constants(job: Job) -> dict[str, int]:
-    rows, width, split, unroll, warps, stages = job.tile
+    rows, width, split, unroll, warps, stages, _ = job.tile
     return {"BLOCK_M": rows, "BLOCK_N": width, "GROUP_M": GROUP_M, "SPLIT": split, "UNROLL": unroll, "num_warps": warps, "num_stages": stages}
 
 
@@ -208,12 +220,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop timing after so long")
     parser.add_argument("--only", choices=list(RECIPES))
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--log", type=Path, help="every timing, one JSON object a line")
+    parser.add_argument("--log", type=Path, help="every timing, one JSON list a line")
+    parser.add_argument("--resume", action="store_true", help="times that the log holds count, and are not taken again")
     given = parser.parse_args()
     begun = time.perf_counter()
     todo = jobs(given.only)
     problems: dict[Key, Problem] = {}
     best: dict[Key, tuple[float, Tile]] = {}
+    if given.resume:
+        done = logged(given.log)
+        for job, us in done.items():
+            best[key_of(job)] = min(best.get(key_of(job), (us, job.tile)), (us, job.tile))
+        todo = [job for job in todo if job not in done]
     log = given.log.open("a") if given.log else None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(2, (os.cpu_count() or 4) - 1), mp_context=context) as pool:
@@ -244,6 +262,12 @@ def main() -> None:
     print(f"{len(todo)} candidates, {time.perf_counter() - begun:.0f} s")
 
 
+def logged(path: Path) -> dict[Job, float]:
+    """Jobs of a log and their times, infinite where something went wrong."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return {Job(*row[:4], (*row[5:-2], 1)[:7], row[4]): float("inf") if row[-1] else row[-2] for row in rows}
+
+
 def key_of(job: Job) -> Key:
     return job.recipe, job.m, job.n, job.k, job.gated
 
@@ -251,9 +275,11 @@ def key_of(job: Job) -> Key:
 def write(path: Path, best: dict[Key, tuple[float, Tile]]) -> None:
     """Rows of the table. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
     rows = [
-        {"arithmetic": arithmetic(case(Job(*key[:4], tile)), key[4]), "size": list(key[1:4]), "tile": list(tile), "us": round(us, 2)} for key, (us, tile) in sorted(best.items())
+        {"arithmetic": arithmetic(case(Job(*key[:4], tile)), key[4]), "size": list(key[1:4]), "tile": list(tile[: None if tile[6] > 1 else 6]), "us": round(us, 2)}
+        for key, (us, tile) in sorted(best.items())
     ]
     text = ",\n ".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "torch": "{torch.__version__}", "rows": [\n {text}\n]}}\n')
 
 

@@ -36,6 +36,15 @@ class Decoder:
         return f'{", ".join(names)} = tl.inline_asm_elementwise("{{ {lines}; }}", "{constraints}", [{source}], dtype={kinds}, is_pure=True, pack=4)'
 
 
+def settled(name: str, dtype: str) -> str:
+    """A Triton statement that changes nothing and costs nothing, but reads what tensor cores make.
+
+    They read decoded operands from registers while the program goes on. Where sums go from one step of a loop into the next and nothing else reads them, Triton (3.6) waits for the last product of
+    a step only in the next one, and by then its registers may hold the next weights: wrong sums, now and then, seen on an H200 in tiles of eight warps.
+    """
+    return f'{name} = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [{name}], dtype={dtype}, is_pure=True, pack=1)'
+
+
 def nibbles(fmt: Format, dtype: str) -> Decoder:
     """Of a 4-bit format: words $0.. of the low halves, then of the high halves, from word ``$n``."""
     if dtype == "tl.int8":

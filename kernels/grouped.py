@@ -7,7 +7,7 @@ Only the experts that some row names are read; no expert is ever dequantized who
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.qtensor import QTensor, dequantize
 from qcompile.core.scheme import Scheme
 
-from . import linear, scaled_linear, tiles
+from . import linear, scaled_linear, stream, tiles, tuned
 from .cpu import ops as cpu
 from .op import Case, Kernel, Op, target
 
@@ -96,7 +96,7 @@ SORTED = """\
     expert = tl.sum(tl.where(mine, e, 0), 0)
     row = tl.sum(tl.where(mine, starts + (number - before) * BLOCK_M, 0), 0)
     end = tl.sum(tl.where(mine, ends, 0), 0)
-    live = expert < EXPERTS
+    owned = expert < EXPERTS
     expert = tl.minimum(expert, EXPERTS - 1)
     rm = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
 """
@@ -105,7 +105,7 @@ BY_ROW = """\
     row = tl.program_id(0) // grid_n
     end = row + 1
     expert = tl.load(INDEX + row).to(tl.int32)
-    live = (expert >= 0) & (expert < EXPERTS)
+    owned = (expert >= 0) & (expert < EXPERTS)
     expert = tl.minimum(tl.maximum(expert, 0), EXPERTS - 1)
     rm = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
 """
@@ -120,7 +120,7 @@ COMMON = """
 """
 
 FOOTER = """
-    acc = tl.where(live, acc, 0.0)
+    acc = tl.where(owned, acc, 0.0)
     idx_m = (row + tl.arange(0, BLOCK_M))[:, None]
     idx_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (idx_m < end) & (idx_n < N)
@@ -129,8 +129,9 @@ FOOTER = """
 
 
 def sorted_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
-    """At most one ragged tile for each expert, and one for the rows behind them."""
-    return ((cdiv(m, meta["BLOCK_M"]) + meta["EXPERTS"] + 1) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+    """At most one ragged tile for each expert, and one for the rows behind them; never more tiles than rows."""
+    tiles_ = cdiv(m, meta["BLOCK_M"]) + meta["EXPERTS"] + 1
+    return ((min(tiles_, m) if isinstance(m, int) else tiles_) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
 def row_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
@@ -138,16 +139,39 @@ def row_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, i
     return (m * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
+PLACE = stream.Place("", "row + tl.arange(0, BLOCK_M) < end")
+
+
+def source(c: Case, by_row: bool, body: tiles.Loop) -> str:
+    """The template around a K loop."""
+    zero = '    Z = Z + expert.to(tl.int64) * {{stride("Z", 0)}}\n' if c.weight.zero != "none" else ""
+    return body.kernel((BEGIN + (BY_ROW if by_row else SORTED)).rstrip("\n") + COMMON + zero, FOOTER, "INDEX")
+
+
+def _config(c: Case, tile: dict[str, int]) -> dict[str, int]:
+    return {**tile, "EXPERTS": c.experts, "EXPERTS_2": 1 << c.experts.bit_length()}
+
+
+def _template(c: Case, by_row: bool, about: Sequence[object], body: Callable[[], tiles.Loop], inputs: Sequence[Any], tile: dict[str, int]) -> Any:
+    name = tiles.template_name("grouped", "row" if by_row else "sorted", *about, c.n if c.weight.group[0] != 1 else 0, c.k)
+    size = (compat.sizes(inputs[0])[0], c.n)
+    return compat.lower_template(name, lambda: source(c, by_row, body()), inputs, size, [_config(c, tile)], row_grid if by_row else sorted_grid)
+
+
 def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Any:
     dot = "" if c.input is not None else tiles.triton_dtype(c.dtype)
-    body = linear.loop(c.weight, c.n, c.k, dot) if c.input is None else scaled_linear.loop(c.input, c.weight, c.n, c.k)
-    zero = '    Z = Z + expert.to(tl.int64) * {{stride("Z", 0)}}\n' if c.weight.zero != "none" else ""
-    header = (BEGIN + (BY_ROW if by_row else SORTED)).rstrip("\n") + COMMON + zero
-    name = tiles.template_name("grouped", "row" if by_row else "sorted", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot)
     rows = 16 if by_row or c.m is None or c.m <= 8 * c.experts else 64
-    config = {"BLOCK_M": rows, "BLOCK_N": 64, "EXPERTS": c.experts, "EXPERTS_2": 1 << c.experts.bit_length(), "num_warps": 4, "num_stages": 3}
-    inputs = [x, *weight, *x_scale[:1], index]
-    return compat.lower_template(name, lambda: body.kernel(header, FOOTER, "INDEX"), inputs, (compat.sizes(x)[0], c.n), [config], row_grid if by_row else sorted_grid)
+    tile = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    body = lambda: linear.loop(c.weight, c.n, c.k, dot) if c.input is None else scaled_linear.loop(c.input, c.weight, c.n, c.k)  # noqa: E731
+    return _template(c, by_row, (scheme, dot), body, [x, *weight, *x_scale[:1], index], tile)
+
+
+def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Any:
+    dot = tiles.triton_dtype(c.dtype) if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
+    tile = tuned.grouped(c, by_row)
+    parts = tile["PARTS"]
+    body = lambda: stream.loop(c.input, c.weight, c.n, c.k, dot, False, place=PLACE, parts=parts)  # noqa: E731
+    return _template(c, by_row, ("stream", f"parts {parts}" if parts > 1 else "", scheme, dot), body, [x, *weight, *x_scale[:1], index], tile)
 
 
 def _cpu_supports(c: Case) -> Skip | None:
@@ -177,6 +201,7 @@ OP = Op(
     fake,
     case,
     (
+        Kernel("triton grouped stream", "cuda", stream.after(_gpu_supports), _stream_lower),
         Kernel("triton grouped", "cuda", _gpu_supports, _gpu_lower),
         Kernel("c++ grouped", "cpu", _cpu_supports, cpu.define("grouped_linear", SCHEMA, cpu_grouped, fake)),
     ),

@@ -3,6 +3,8 @@ second one. Each weight is decoded once for all rows of a tile, however few. ``y
 
 The K loop takes 128 columns a step: one packed block, whose halves are two operands of 64, or one plain tile. Scales of groups are fetched a step ahead.
 ``UNROLL`` steps make one turn of the loop. ``SPLIT`` programs may share a tile, each with its part of K: the output is then (SPLIT, M, N), and what reads it adds the parts up, in order.
+With few rows of activations a program has little to do between two loads, and a single warp that takes all of K waits for itself. So K may also be cut in ``PARTS`` inside a program: tiles and sums
+get a first axis, a warp works on each part (``tl.dot`` takes it as a batch), and the parts are added up once, behind the loop.
 
 A *gated* loop (``kernels/linear_glu.py``) has two sums: rows ``rn`` of the weight and the rows as far behind them as half of all, which meet the same tile of activations. What has two of
 everything, tiles of weights, scales, sums, is named with the endings ``GATED``.
@@ -81,6 +83,28 @@ PLAIN, GATED = ("",), ("", "_up")
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tile lies: statements that set ``rm`` and ``rn``, its rows of activations and of the weight, and which of the BLOCK_M rows of activations are its own."""
+
+    text: str
+    live: str
+
+
+DENSE = Place(tiles.SWIZZLE.strip("\n"), "pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M")
+ONE = Place("""\
+    pid_m = 0
+    pid_n = pid
+    rm = (tl.arange(0, BLOCK_M) % M).to(tl.int64)
+    rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)""", "tl.arange(0, BLOCK_M) < M")
+"""All rows of activations are in every tile: nothing to divide by before the first load."""
+
+
+def place(m: int | None, rows: int) -> Place:
+    """Where tiles of ``rows`` rows lie among ``m`` (None: dynamic)."""
+    return ONE if m is not None and m <= rows else DENSE
+
+
+@dataclass(frozen=True)
 class Gate:
     """What a gated loop makes of its two sums: ``text``, an expression of ``acc``, times the other. ``first``: the gate's rows are the first half of the weight's."""
 
@@ -89,20 +113,23 @@ class Gate:
     first: bool = True
 
 
-def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None) -> tiles.Loop:
+def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None, place: Place = DENSE, parts: int = 1) -> tiles.Loop:
     """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32. ``n``: rows of the weight, both halves where it is gated.
 
     ``whole``: every row of every tile is one of M. Rows that are not are masked: read from elsewhere, a single row of activations would be asked for sixteen times by every program.
+    ``parts`` cut K, which is a multiple of 128 times as many, inside a program.
     """
-    return _Text(x, w, n, k, dot, split, whole, gate).loop()
+    return _Text(x, w, n, k, dot, split, whole, gate, place, parts).loop()
 
 
 class _Text:
     """The statements of one loop. A *piece* is what one dot takes: (columns, where they start in the step); pieces between two scales share a sum."""
 
-    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None) -> None:
+    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None, place: Place, parts: int) -> None:
         assert gate is None or not split, "parts of sums cannot be added up before the activation"
-        self.x, self.w, self.n, self.k, self.dot, self.split, self.whole, self.gate = x, w, n, k, dot, split, whole, gate
+        assert parts == 1 or (not split and k % (BLOCK * parts) == 0), f"{k} columns are not {parts} parts of whole blocks"
+        self.x, self.w, self.n, self.k, self.dot, self.split, self.whole, self.gate, self.place, self.parts = x, w, n, k, dot, split, whole, gate, place, parts
+        self.span = k // parts
         self.sums = PLAIN if gate is None else GATED
         self.integer = dot == "tl.int8"
         self.out = "tl.int32" if self.integer else "tl.float32"
@@ -119,25 +146,33 @@ class _Text:
         step = [*self._weights(), *self._sums()]
         if self.by_group:
             step += self._fetch(f"k + {BLOCK}")
-        live = [] if self.whole else ["    live = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]"]
-        lines = [*self._range(), *live, f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})"]
+        live = [] if self.whole else [f"    live = ({self.place.live}){'[:, None]' if self.parts == 1 else '[None, :, None]'}"]
+        lines = [*self._range(), *live, f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})", *self._places()]
         kind = "tl.float32" if self.by_group else self.out
-        lines += [f"    acc{u} = tl.zeros((BLOCK_N, BLOCK_M), dtype={kind})" for u in self.sums]
+        shape = f"({'' if self.parts == 1 else f'{self.parts}, '}BLOCK_N, BLOCK_M)"
+        lines += [f"    acc{u} = tl.zeros({shape}, dtype={kind})" for u in self.sums]
         if self.by_group:
             lines.append(tiles.block("\n".join(self._fetch("start")), 1))
         elif self.w.zero == "point":
             lines += [f"    z0{u} = tl.load({self._index('Z', '0', u)})" for u in self.sums]
-        lines += [f"    for k in tl.range(start, stop, {BLOCK}, loop_unroll_factor=UNROLL):", tiles.block("\n".join(step), 2), *self._scaled(), "    acc = tl.trans(acc)"]
+        lines += [f"    for k in tl.range(start, stop, {BLOCK}, loop_unroll_factor=UNROLL):", tiles.block("\n".join(step), 2)]
+        if self.parts > 1:
+            lines += [f"    acc{u} = tl.sum(acc{u}, 0)" for u in self.sums]
+        lines += [*self._scaled(), "    acc = tl.trans(acc)"]
         pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",))
         return tiles.Loop(pointers, "\n".join(lines))
 
     def _index(self, name: str, columns: str, u: str) -> str:
-        return tiles.group_index(self.w, self.n, self.k, name, columns, f"rn{u}")
+        if self.parts == 1:
+            return tiles.group_index(self.w, self.n, self.k, name, columns, f"rn{u}")
+        return tiles.group_index(self.w, self.n, self.k, name, f"part[:, None] * {self.span} + {columns}", f"rn{u}[None, :]")
 
     def _range(self) -> list[str]:
-        lines = tiles.SWIZZLE.strip("\n").splitlines()
+        lines = self.place.text.splitlines()
         if self.gate is not None:
             lines += ["    rn_up = rn + N"] if self.gate.first else ["    rn_up = rn", "    rn = rn + N"]
+        if self.parts > 1:
+            return [*lines, f"    part = tl.arange(0, {self.parts})", "    start = 0", f"    stop = {self.span}"]
         if not self.split:
             return [*lines, "    start = 0", "    stop = K"]
         return [*lines, f"    span = (K + {BLOCK} * SPLIT - 1) // ({BLOCK} * SPLIT) * {BLOCK}", "    start = part_k * span", "    stop = tl.minimum(start + span, K)"]
@@ -145,20 +180,31 @@ class _Text:
     def _pieces(self) -> list[tuple[int, int]]:
         return [(SUB, 0), (SUB, SUB)] if self.packed or self.fine else [(BLOCK, 0)]
 
+    def _places(self) -> list[str]:
+        """Statements that set the addresses of the first step's tiles, ``x_at`` and ``w_at``: rows, the columns of one piece, of each part those that begin it."""
+        columns = "column" if self._pieces()[0][0] == SUB else "wide"
+        lines = [self._place("x_at", "X", "rm", "stride_xm", columns, self.span)]
+        return lines + [self._place(f"w_at{u}", "W", f"rn{u}", "stride_wn", columns, self.span // 2 if self.packed else self.span) for u in self.sums]
+
+    def _place(self, name: str, base: str, rows: str, stride: str, columns: str, span: int) -> str:
+        if self.parts == 1:
+            return f"    {name} = {base} + {rows}[:, None] * {stride} + {columns}[None, :]"
+        return f"    {name} = {base} + {rows}[None, :, None] * {stride} + (part * {span})[:, None, None] + {columns}[None, None, :]"
+
     def _weights(self) -> list[str]:
         """Statements that set w0, w1 (or w0 alone) of dtype ``dot``, and x0, x1."""
         lines = []
         if self.packed:
             assert self.decoder is not None
             for u in self.sums:
-                lines += [f"code{u} = tl.load(W + rn{u}[:, None] * stride_wn + (k // {BLOCK} * {SUB} + column)[None, :])", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}")]
+                lines += [f"code{u} = tl.load(w_at{u} + k // 2)", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}")]
         for i, (columns, at) in enumerate(self._pieces()):
-            index = f"k + {at} + {'column' if columns == SUB else 'wide'}"
-            inside = [] if self.even else [f"({index} < K)[None, :]"]
-            lines.append(f"x{i} = tl.load(X + rm[:, None] * stride_xm + ({index})[None, :]{_mask([*([] if self.whole else ['live']), *inside], self.integer)})")
+            step = f"k + {at}" if at else "k"
+            inside = [] if self.even else [f"({step} + {'column' if columns == SUB else 'wide'} < K)[None, :]"]
+            lines.append(f"x{i} = tl.load(x_at + {step}{_mask([*([] if self.whole else ['live']), *inside], self.integer)})")
             for u in self.sums if not self.packed else ():
                 name = f"code{i}{u}" if self.decoder else f"w{i}{u}"
-                lines.append(f"{name} = tl.load(W + rn{u}[:, None] * stride_wn + ({index})[None, :]{_mask(inside, self.w.fmt.kind == 'int')})")
+                lines.append(f"{name} = tl.load(w_at{u} + {step}{_mask(inside, self.w.fmt.kind == 'int')})")
                 if self.decoder:
                     lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}{u}"))
                 elif not self.integer and self.x is None:
@@ -170,35 +216,43 @@ class _Text:
         lines: list[str] = []
         point = self.w.zero == "point"
         pieces = range(len(self._pieces()))
+        whole = self.parts == 1
+        down, across = ("[:, None]", "[None, :]") if whole else ("[:, :, None]", "[:, None, :]")
+        """Scales of rows of the weight and of activations (of each part) as an axis of the sums."""
         for i in pieces:
             s = i if self.fine else 0
             for u in self.sums:
                 if point and not self.integer:
-                    lines.append(f"w{i}{u} = w{i}{u} - z{s}{u}.to(tl.float32).to({self.dot})[:, None]")
+                    lines.append(f"w{i}{u} = w{i}{u} - z{s}{u}.to(tl.float32).to({self.dot}){down}")
                 into = f"acc{u}" if not self.by_group else f"part{s}{u}"
                 begun = not self.by_group or (i > 0 and not self.fine)
-                lines.append(f"{into} = tl.dot(w{i}{u}, tl.trans(x{i}), {f'{into}, ' if begun else ''}out_dtype={self.out})")
+                turned = f"tl.trans(x{i})" if whole else f"tl.permute(x{i}, (0, 2, 1))"
+                lines.append(f"{into} = tl.dot(w{i}{u}, {turned}, {f'{into}, ' if begun else ''}out_dtype={self.out})")
                 if point and self.integer:  # z * sum(x) is what the codes have too much
-                    lines += [f"sum{i} = tl.sum(x{i}.to(tl.int32), 1)"] if u == self.sums[0] else []
-                    lines.append(f"{into} -= z{s}{u}.to(tl.int32)[:, None] * {self.factor} * sum{i}[None, :]")
+                    lines += [f"sum{i} = tl.sum(x{i}.to(tl.int32), {1 if whole else 2})"] if u == self.sums[0] else []
+                    lines.append(f"{into} -= z{s}{u}.to(tl.int32){down} * {self.factor} * sum{i}{across}")
         if self.by_group:
             for s in pieces if self.fine else (0,):
                 for u in self.sums:
-                    value = f"part{s}{u}.to(tl.float32) * s{s}{u}[:, None]" + (f" * sx{s}[None, :]" if self.x_group < self.k else "")
+                    value = f"part{s}{u}.to(tl.float32) * s{s}{u}{down}" + (f" * sx{s}{across}" if self.x_group < self.k else "")
                     lines.append(f"acc{u} += {value}")
+        elif self.packed:
+            lines += [decode.settled(f"acc{u}", self.out) for u in self.sums]
         return lines
 
     def _fetch(self, at: str) -> list[str]:
         """Statements that load the scales (zero points, scales of groups of x) of the step that begins at column ``at``; past the end, those of the last one."""
         lines = []
+        last = "K - 1" if self.parts == 1 else str(self.span - 1)
         for s in (0, 1) if self.fine else (0,):
-            column = f"tl.minimum({at}{f' + {SUB}' if s else ''}, K - 1)"
+            column = f"tl.minimum({at}{f' + {SUB}' if s else ''}, {last})"
             for u in self.sums:
                 lines.append(f"s{s}{u} = tl.load({self._index('S', column, u)}).to(tl.float32)")
                 if self.w.zero == "point":
                     lines.append(f"z{s}{u} = tl.load({self._index('Z', column, u)})")
             if self.x_group < self.k:
-                lines.append(f"sx{s} = tl.load(SX + rm * {-(-self.k // self.x_group)} + {column} // {self.x_group})")
+                rows, of_part = ("rm", column) if self.parts == 1 else ("rm[None, :]", f"(part[:, None] * {self.span} + {column})")
+                lines.append(f"sx{s} = tl.load(SX + {rows} * {-(-self.k // self.x_group)} + {of_part} // {self.x_group})")
         return lines
 
     def _scaled(self) -> list[str]:
@@ -211,7 +265,7 @@ class _Text:
         return lines if self.gate is None else [*lines, f"    acc = ({self.gate.text}) * acc_up"]
 
     def _factors(self, u: str) -> list[str]:
-        factors = [] if self.by_group else [f"tl.load({self._index('S', '0', u)}).to(tl.float32)[:, None]"]
+        factors = [] if self.by_group else [f"tl.load({tiles.group_index(self.w, self.n, self.k, 'S', '0', f'rn{u}')}).to(tl.float32)[:, None]"]
         if self.w.scale is not None:
             factors.append(f"tl.load(SS + rn{u}).to(tl.float32)[:, None]" if self.w.scale.group[0] == 1 else "tl.load(SS).to(tl.float32)")
         if self.factor != 1:
@@ -245,9 +299,10 @@ def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config
     rows = compat.static_int(m)
     whole = rows is not None and rows % config["BLOCK_M"] == 0
     about = (gate.name, "" if gate.first else "up first") if gate is not None else ()
-    name = tiles.template_name(op, "stream", "split" if split else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot, *about)
+    parts, where = config["PARTS"], place(rows, config["BLOCK_M"])
+    name = tiles.template_name(op, "stream", "one" if where is ONE else "", "split" if split else "", f"parts {parts}" if parts > 1 else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot, *about)
     header, footer = HEADER if gate is None else GATED_HEADER, SPLIT_FOOTER if split else tiles.FOOTER
-    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate).kernel(header, footer)  # noqa: E731
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate, where, parts).kernel(header, footer)  # noqa: E731
     if not split:
         return compat.lower_template(name, source, inputs, (m, c.n if gate is None else c.n // 2), [config], grid)
     return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))

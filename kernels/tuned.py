@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 
+from qcompile.core.layouts import BLOCK
+
 from .op import Case
 
-FIELDS = ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps", "num_stages")
+FIELDS = ("BLOCK_M", "BLOCK_N", "SPLIT", "UNROLL", "num_warps", "num_stages", "PARTS")
 GROUP_M = 8
 """Rows of tiles that share columns of the weight in L2."""
 IDLE, LONG = 64, 4096
 """So few programs leave half of the multiprocessors idle: then K, where it is this long, is taken in four parts."""
 
-Tile = tuple[int, int, int, int, int, int]
+Tile = tuple[int, int, int, int, int, int, int]
 
 
-def arithmetic(c: Case, gated: bool = False) -> str:
-    """``input @ weight``: what decides how fast a tile is, beside its size. A gated product has rows of its own."""
+def arithmetic(c: Case, gated: bool = False, grouped: bool = False) -> str:
+    """``input @ weight``: what decides how fast a tile is, beside its size. Gated products and those of stacked experts have rows of their own."""
     w = c.weight.fmt
     kind = w.name if w.bits == 8 else f"{'int' if w.kind == 'int' else 'table'}{w.bits}"
     groups = [s.extent(1, c.k)[1] for s in (c.weight, c.input) if s is not None]
     by_group = " by group" if w.bits == 8 and min(groups) < c.k else ""  # two sums in registers; 4 bits are mostly by group
-    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}{by_group}{', gated' if gated else ''}"
+    return f"{c.input.fmt.name if c.input is not None else '16'} @ {kind}{by_group}{', gated' if gated else ', grouped' if grouped else ''}"
 
 
 @cache
@@ -36,16 +39,16 @@ def rows() -> dict[str, dict[tuple[int, int, int], Tile]]:
     found: dict[str, dict[tuple[int, int, int], Tile]] = {}
     for row in json.loads(resources.files(__package__).joinpath("tuned.json").read_text())["rows"]:
         m, n, k = row["size"]
-        found.setdefault(row["arithmetic"], {})[m, n, k] = tuple(row["tile"])
+        found.setdefault(row["arithmetic"], {})[m, n, k] = (*row["tile"], 1)[: len(FIELDS)]  # parts are left out where there is one
     return found
 
 
 def config(c: Case) -> dict[str, int]:
     """The tile of a case, as a template takes it."""
     known = rows().get(arithmetic(c), {})
-    chosen = dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k) if known else guess(c.m, c.n)))
+    chosen = _fit(_nearest(known, c.m, c.n, c.k) if known else guess(c.m, c.n), c.k)
     programs = -(-c.n // chosen["BLOCK_N"]) * (1 if c.m is None else -(-c.m // chosen["BLOCK_M"]))
-    if chosen["SPLIT"] == 1 and programs <= IDLE and c.k >= LONG:
+    if chosen["SPLIT"] == chosen["PARTS"] == 1 and programs <= IDLE and c.k >= LONG:
         chosen["SPLIT"] = 4
     return {**chosen, "GROUP_M": GROUP_M}
 
@@ -53,8 +56,28 @@ def config(c: Case) -> dict[str, int]:
 def gated(c: Case) -> dict[str, int]:
     """The tile of a product whose two halves of the weight's rows have a sum each (``c.n`` counts both). Nothing is split: parts of a sum mean nothing to the activation."""
     known = rows().get(arithmetic(c, True), {})
-    tile = dict(zip(FIELDS, _nearest(known, c.m, c.n, c.k))) if known else _halved(c, config(c))
+    tile = _fit(_nearest(known, c.m, c.n, c.k), c.k) if known else _halved(c, config(c))
     return {**tile, "SPLIT": 1, "GROUP_M": GROUP_M}
+
+
+def grouped(c: Case, by_row: bool) -> dict[str, int]:
+    """The tile of rows that are sorted by their experts, or of single rows. M is the number of rows that an expert has in the mean (``c.m`` counts all of them). K stays whole."""
+    mean = 1 if by_row else 16 if c.m is None else max(1, -(-c.m // c.experts))
+    known = rows().get(arithmetic(c, grouped=True), {})
+    if known and not by_row:
+        tile = _fit(_nearest(known, mean, c.n, c.k), c.k)
+    else:
+        tile = config(replace(c, m=mean))
+        tile["BLOCK_M"] = tile["BLOCK_M"] if by_row else max(16, tile["BLOCK_M"])  # with a row each, an expert's weights would be read once for each of its rows
+    return {**tile, "SPLIT": 1, "GROUP_M": GROUP_M}
+
+
+def _fit(tile: Tile, k: int) -> dict[str, int]:
+    """A tile for ``k`` columns: parts of K are whole blocks, and each has its warps."""
+    chosen = dict(zip(FIELDS, tile))
+    while chosen["PARTS"] > 1 and k % (BLOCK * chosen["PARTS"]):
+        chosen |= {"PARTS": chosen["PARTS"] // 2, "num_warps": max(1, chosen["num_warps"] // 2)}
+    return chosen
 
 
 def _halved(c: Case, tile: dict[str, int]) -> dict[str, int]:
@@ -66,6 +89,8 @@ def _halved(c: Case, tile: dict[str, int]) -> dict[str, int]:
     nothing spills (``tests/gpu_codegen``).
     """
     rows, columns, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_warps"]
+    if tile["PARTS"] > 1:  # a warp keeps the sums of its part
+        return {**tile, "BLOCK_N": max(8, columns // 2)}
     decoded = c.input is None or c.weight.fmt.bits != 8
     if rows > 64 and (decoded or rows > 128 or columns < 128):
         rows = 64 if c.input is None else rows // 2
@@ -86,10 +111,10 @@ def _nearest(known: dict[tuple[int, int, int], Tile], m: int | None, n: int, k: 
 def guess(m: int | None, n: int) -> Tile:
     """A tile for what nobody measured: 16 rows of weights for each warp while there are few rows of activations, tensor-core tiles of 64 x 128 and more beyond."""
     if m is not None and m <= 16:
-        return (16, 64, 1, 1, 4, 4) if n >= 8192 else (16, 32, 1, 1, 2, 4)
+        return (16, 64, 1, 1, 4, 4, 1) if n >= 8192 else (16, 32, 1, 1, 2, 4, 1)
     if m is not None and m <= 64:
-        return (_power(m), 64, 1, 1, 4, 4)
-    return (128, 128, 1, 1, 8, 3)
+        return (_power(m), 64, 1, 1, 4, 4, 1)
+    return (128, 128, 1, 1, 8, 3, 1)
 
 
 def _power(m: int) -> int:

@@ -1,7 +1,10 @@
 """Attention with few queries, as in decoding, reads keys and values once for all heads that share them.
 
 Models with grouped-query attention repeat keys and values for torch's ``scaled_dot_product_attention``: all of a static cache is read and written again in every layer and step, four times as large. Here the
-repetition, however it is spelled, is left out and the call becomes ``qcompile::attention`` (``kernels/attention.py``). Prompts, where products dominate, stay with torch's own kernels.
+repetition, however it is spelled, is left out and the call becomes ``qcompile::attention`` (``kernels/attention.py``).
+
+Prompts, where products dominate, stay with torch's own kernels. But where their mask is the causal one, which a graph of fixed sizes shows, these are told so instead of being given it: they skip the half
+that it hides, and on a GPU they need no repetition.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from qcompile.core.errors import Skip
 from qcompile.kernels.attention import MOST
 from qcompile.kernels.op import target
 
+from .constant import constant, is_causal
 from .infra import graph_pass
 from .sites import example
 
@@ -31,15 +35,54 @@ WHOLE = slice(None)
 def attend(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every call that has few queries; ``gm.meta["attention"]``: name of a node -> Skip for those that stay."""
     refused: dict[str, Skip] = {}
-    done = 0
-    for node in gm.graph.find_nodes(op="call_function", target=SDPA):
-        if (reason := _rewrite(gm.graph, node)) is None:
+    done = causal = 0
+    masks: dict[fx.Node, bool] = {}
+    for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
+        if _prompt(gm.graph, node, masks):
+            causal += 1
+        elif (reason := _rewrite(gm.graph, node)) is None:
             done += 1
         else:
             refused[node.name] = reason
     gm.meta["attention"] = refused
-    gm.meta["note"] = f"{done} calls of attention with few queries"
+    gm.meta["note"] = f"{done} calls of attention with few queries" + (f", {causal} with a causal mask" if causal else "")
     return gm
+
+
+def _prompt(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, bool]) -> bool:
+    """Turn a causal mask into ``is_causal``; ``masks`` keeps what is known of each. A call without one stays as it is."""
+    given: dict[str, Any] = {"attn_mask": None, **dict(zip(NAMES, node.args)), **node.kwargs}
+    q, key, value, mask = (given[name] for name in NAMES[:4])
+    if not isinstance(mask, fx.Node) or any(not isinstance(example(x), Tensor) or example(x).dim() != 4 for x in (q, key, value)):
+        return False
+    queries = compat.static_int(example(q).shape[2])
+    if queries is None or queries < 2 or compat.static_int(example(key).shape[2]) != queries:
+        return False
+    if mask not in masks:
+        masks[mask] = is_causal(constant(mask))
+    if not masks[mask]:
+        return False
+    k, v = _shared(key), _shared(value)
+    apart = (k, v) != (key, value) and shares_keys(example(q)) and example(k).shape[1] == example(v).shape[1]
+    if apart and not any(_written(repeated, node) for repeated, source in ((key, k), (value, v)) if repeated is not source):
+        given |= {"key": k, "value": v, "enable_gqa": True}
+    node.args, node.kwargs = (), {**given, "attn_mask": None, "is_causal": True}
+    for repeated in (key, value):
+        _drop(graph, repeated)
+    return True
+
+
+def shares_keys(x: Tensor) -> bool:
+    """Whether torch's fast kernels for queries like ``x`` take keys of fewer heads: those of GPUs, of 16 bits. The others would compute scores and their softmax one after the other."""
+    return x.device.type == "cuda" and x.dtype.itemsize == 2
+
+
+def _drop(graph: fx.Graph, x: fx.Node) -> None:
+    """Erase a repetition that nothing reads any more."""
+    while not x.users and x.op != "placeholder":
+        gone = x
+        x = x.args[0]  # type: ignore[assignment]
+        graph.erase_node(gone)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
@@ -75,9 +118,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     for x in (key, value):
-        while not x.users and x.op != "placeholder":
-            x, gone = x.args[0], x
-            graph.erase_node(gone)
+        _drop(graph, x)
     return None
 
 

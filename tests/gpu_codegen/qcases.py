@@ -218,7 +218,7 @@ def spilling() -> Generated:
     """A tile too large for its warps."""
     from qcompile.kernels import tuned
 
-    tuned.config = lambda c: {"BLOCK_M": 128, "BLOCK_N": 256, "SPLIT": 1, "UNROLL": 1, "num_warps": 4, "num_stages": 2, "GROUP_M": 8}
+    tuned.config = lambda c: {"BLOCK_M": 128, "BLOCK_N": 256, "SPLIT": 1, "UNROLL": 1, "num_warps": 4, "num_stages": 2, "PARTS": 1, "GROUP_M": 8}
     ((generated, _),) = quantized(nn.Linear(128, 256).eval().to(torch.bfloat16), (bf16(128, 128),), {"spilling": {"recipe": "NF4"}}).values()
     return generated
 
@@ -234,8 +234,21 @@ def regimes() -> Parts:
         layer = nn.Linear(256, 512, bias=False).eval().to(torch.bfloat16)
         parts.update(quantized(layer, (bf16(rows, 256),), {f"{name} {'dynamic' if dynamic else rows}": {"recipe": name} for name in names}, dynamic))
     torch._dynamo.reset()
-    tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "GROUP_M": 8}
+    tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "PARTS": 1, "GROUP_M": 8}
     parts.update(quantized(nn.Linear(1024, 512).eval().to(torch.bfloat16), (bf16(8, 1024),), {"split": {"recipe": "W4A16"}}))
+    return parts
+
+
+def parted() -> Parts:
+    """K in parts inside a program, a warp for each: a batched dot of every arithmetic, for one row and for sixteen."""
+    from qcompile.kernels import tuned
+
+    parts: Parts = {}
+    for rows in (1, 16):
+        torch._dynamo.reset()
+        tuned.config = lambda c, rows=rows: {"BLOCK_M": rows, "BLOCK_N": 16, "SPLIT": 1, "UNROLL": 1, "num_warps": 4, "num_stages": 3, "PARTS": 4, "GROUP_M": 8}
+        names = ("W4A16", "W4A8", "W8A8", "FP8", "NF4", "W8A16")
+        parts.update(quantized(nn.Linear(1024, 512, bias=False).eval().to(torch.bfloat16), (bf16(rows, 1024),), {f"{name} {rows}": {"recipe": name} for name in names}))
     return parts
 
 
@@ -246,7 +259,7 @@ def gated() -> Parts:
     from qcompile.kernels import tuned
 
     real = tuned.config
-    tuned.config = lambda c: real(dataclasses.replace(c, n=28672, k=4096))
+    tuned.config = lambda c: {**tuned._fit(tuple(real(dataclasses.replace(c, n=28672, k=4096))[name] for name in tuned.FIELDS), c.k), "GROUP_M": tuned.GROUP_M}
     parts: Parts = {}
     for rows, dynamic in ((1, None), (64, None), (200, None), (4096, None), (48, True), (1024, True)):
         torch._dynamo.reset()

@@ -97,3 +97,15 @@ def test_early_launches_wait_for_the_kernel_before(qcase: Callable[..., dict[str
 
 def test_launches_are_early_only_where_it_is_asked_for(qcase: Callable[..., dict[str, Any]]) -> None:
     assert not any("gdc_wait" in kernel["source"] or "'launch_pdl': True" in kernel["source"] for kernel in qcase("early")["plain"]["kernels"])
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_parts_of_k_have_a_warp_each(qcase: Callable[..., dict[str, Any]], rows: int) -> None:
+    """Tensor cores multiply them as a batch (``mma.sync``, which a warp issues alone), and their sums meet once, behind the loop."""
+    for name, result in qcase("parted", compile="triton_tem").items():
+        if not name.endswith(f" {rows}"):
+            continue
+        (product,) = [kernel for kernel in result["kernels"] if kernel["name"].startswith("triton_tem")]
+        assert "acc = tl.sum(acc, 0)" in product["source"] and "part = tl.arange(0, 4)" in product["source"], name
+        assert sum(count for opcode, count in product["ptx"].items() if opcode.startswith("mma.sync")) > 0, (name, product["ptx"])
+        assert product["cubin_bytes"] > 1000 and product["spills"] == 0, name

@@ -1,5 +1,5 @@
 """Runs streamed products in Triton's interpreter, in a process of its own (the variable must be set before Triton is imported): prints the largest error of each case. With the argument
-"gated" it runs gated ones.
+"gated" it runs gated ones, with "grouped" those of stacked experts, with "parts" those that cut K inside a program.
 
 The interpreter has no inline PTX, so each decoder is replaced by Triton statements of the same meaning; `test_decode.py` runs the PTX itself. It has no bfloat16 dot either: float16 and int8.
 """
@@ -17,7 +17,8 @@ from standalone import load, render
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
-from qcompile.kernels import decode, linear, linear_glu, scaled_linear, stream, tiles
+from qcompile.kernels import decode, grouped, linear, linear_glu, scaled_linear, stream, tiles
+from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
 
 CASES = [
@@ -42,7 +43,7 @@ def statements(self, source, *names):
     return "\n".join(lines)
 
 
-def check(weight, given, m, n, k, tile, gate=None):
+def check(weight, given, m, n, k, tile, gate=None, parts=1):
     w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
     statements.scheme = w
     width = n if gate is None else 2 * n
@@ -51,7 +52,7 @@ def check(weight, given, m, n, k, tile, gate=None):
     rows = torch.randn(m, k)
     dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
     block_m, block_n, split = tile
-    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate)
+    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate, stream.place(m, block_m), parts)
     tensors = {"X": rows.half(), **dict(zip(["W", "S", *(p for p in loop.pointers if p in ("SS", "Z"))], q.flatten()))}
     if given:
         codes, scale = quantize_activations(rows, [], given)
@@ -69,6 +70,62 @@ def check(weight, given, m, n, k, tile, gate=None):
     run[(-(-m // block_m) * -(-n // block_n) * split,)](*(tensors[name].contiguous() for name in ("X", "W", "S", *loop.pointers)), out, **constants)
     y = out.sum(0) if split > 1 else out
     return float((y - truth).norm() / truth.norm())
+
+
+ENDS = [[0, 5, 5, 40, 41], [3, 3, 3, 3, 3], [0, 0, 0, 0, 17]]
+"""Where the rows of five experts end: experts without rows, with fewer than a tile and with more; rows behind the last end, one and many."""
+
+
+def stacked(weight, given, ends, more, k, rows, by_row, parts):
+    """Largest error of a grouped product over output that starts as NaN; ``more`` rows belong to nobody."""
+    w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
+    statements.scheme = w
+    m, n, experts = ends[-1] + more, 40, len(ends)
+    values = torch.randn(experts, n, k)
+    q = quantize(values.abs() if w.fmt.lo == 0 and w.zero == "none" else values, w)
+    flat = q.flatten() if w.scale is None else linear.flat_scales(q.flatten(), w, k)
+    index = torch.tensor(ends, dtype=torch.int32)
+    if by_row:  # the same owners, one for each row; those behind the end name an expert that is not there
+        index = torch.searchsorted(index, torch.arange(m, dtype=torch.int32), right=True).to(torch.int32)
+    tensors = {"X": torch.randn(m, k).half(), "INDEX": index}
+    scales = []
+    if given:
+        codes, scale = quantize_activations(tensors["X"].float(), [], given)
+        tensors |= {"X": codes, "SX": scale}
+        scales = [scale]
+    s = linear.unnested(w)
+    dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
+    loop = stream.loop(x, s, n, k, dot, False, place=grouped.PLACE, parts=parts)
+    tensors |= dict(zip(["W", "S", *(p for p in loop.pointers if p == "Z")], flat))
+    c = Case(torch.device("cuda"), tensors["X"].dtype, s, x, n, k, m, experts)
+    block_m, block_n = rows, 16
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "UNROLL": 1, "EXPERTS": experts, "EXPERTS_2": 1 << experts.bit_length()}
+    run = load(render(grouped.source(c, by_row, loop), {name: tuple(t.shape) for name, t in tensors.items()}, list(constants), "tl.float32", (m, n)))
+    grid = (grouped.row_grid if by_row else grouped.sorted_grid)(m, n, constants, cdiv=lambda a, b: -(-a // b))
+    out = torch.full((m, n), float("nan"))
+    run[grid](*(tensors[name].contiguous() for name in ("X", "W", "S", *loop.pointers, "INDEX")), out, **constants)
+    truth = grouped.reference(tensors["X"], scales, index, flat, f"{given} @ {s}" if given else str(s), by_row)
+    return float((out - truth).abs().max() / truth.abs().max().clamp(min=1))
+
+
+def experts():
+    cases = [("int4.g128", None), ("uint4.g128.point", None), ("nf4.g64/int8.row", None), ("int8.row", None), ("int4.g128", "int8.row"), ("uint4.row.point", "int8.row"), ("int8.row", "int8.row"), ("e4m3.row", "e4m3.row"), ("int8.g128", "int8.g128")]
+    rows = []
+    for i, (weight, given) in enumerate(cases):
+        for by_row in (False, True):
+            more, k, size = (0, 3, 20)[i % 3], (130, 256, 520)[i % 3], 1 if by_row and i % 2 else (16, 32, 16)[i % 3]
+            rows.append([weight, given, by_row, stacked(weight, given, ENDS[i % 3], more, k, size, by_row, 2 if k == 256 else 1)])
+    return rows
+
+
+def parts():
+    """K in parts inside a program: every format, some of them gated (not tables, two sums of which are twice as far from the values that are not rounded)."""
+    rows = []
+    for i, (weight, given) in enumerate(CASES):
+        count, (m, n, _), (block_m, block_n, _) = (2, 4)[i % 2], SIZES[i % 3], TILES[i % 3]
+        gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text, first=i % 2 == 0) if i % 3 == 1 and weight[:3] not in ("nf4", "fp4") else None
+        rows.append([weight, given, count, check(weight, given, m, n, 128 * count * (1 + i % 2), (block_m, block_n, 1), gate, count)])
+    return rows
 
 
 def plain():
@@ -89,4 +146,5 @@ def gated():
 if __name__ == "__main__":
     torch.manual_seed(0)
     decode.Decoder.call = statements
-    print(json.dumps(gated() if "gated" in sys.argv else plain()))
+    decode.settled = lambda name, dtype: f"{name} = {name}"
+    print(json.dumps({"plain": plain, "gated": gated, "grouped": experts, "parts": parts}[sys.argv[1]]()))

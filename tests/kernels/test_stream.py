@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def case(weight: str, given: str | None = None, m: int | None = 1, n: int = 4096
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "cases"), [("plain", 60), ("gated", 33)])
+@pytest.mark.parametrize(("which", "cases"), [("plain", 60), ("gated", 33), ("grouped", 18), ("parts", 27)])
 def test_the_loop_in_the_interpreter(which: str, cases: int) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(Path(__file__).with_name("interpret.py")), which]
@@ -78,23 +79,53 @@ def test_a_gated_tile_is_half_a_plain_one(monkeypatch: pytest.MonkeyPatch, given
     """BLOCK_M, BLOCK_N, SPLIT, warps. K is never in parts."""
     rows, columns, split, warps = plain
     size, c = (1, 4096, 4096), case("int8.row", given)
-    monkeypatch.setattr(tuned, "rows", lambda: {tuned.arithmetic(c): {size: (rows, columns, split, 1, warps, 3)}})
+    monkeypatch.setattr(tuned, "rows", lambda: {tuned.arithmetic(c): {size: (rows, columns, split, 1, warps, 3, 1)}})
     assert tuple(tuned.gated(c)[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps")) == gated
-    measured = {tuned.arithmetic(c, True): {size: (32, 64, 1, 2, 4, 3)}}
+    measured = {tuned.arithmetic(c, True): {size: (32, 64, 1, 2, 4, 3, 1)}}
     monkeypatch.setattr(tuned, "rows", lambda: measured)
-    assert tuned.gated(c) == {"BLOCK_M": 32, "BLOCK_N": 64, "SPLIT": 1, "UNROLL": 2, "num_warps": 4, "num_stages": 3, "GROUP_M": 8}
+    assert tuned.gated(c) == {"BLOCK_M": 32, "BLOCK_N": 64, "SPLIT": 1, "UNROLL": 2, "num_warps": 4, "num_stages": 3, "PARTS": 1, "GROUP_M": 8}
 
 
 def test_the_nearest_row_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, wide, many = (16, 32, 1, 1, 2, 4), (16, 64, 1, 1, 4, 4), (128, 128, 1, 1, 8, 3)
+    small, wide, many = (16, 32, 1, 1, 2, 4, 1), (16, 64, 1, 1, 4, 4, 1), (128, 128, 1, 1, 8, 3, 1)
     monkeypatch.setattr(tuned, "rows", lambda: {"16 @ int4": {(1, 4096, 14336): small, (1, 14336, 4096): wide, (4096, 4096, 4096): many}})
     assert tuned.config(case("int4.g128", m=1, n=12000))["BLOCK_N"] == 64
     assert tuned.config(case("int4.g128", m=1, n=4096, k=11008))["BLOCK_N"] == 32
     assert tuned.config(case("int4.g128", m=2))["BLOCK_N"] == tuned.config(case("int4.g128", m=None))["BLOCK_N"] == 128
 
 
-def test_few_programs_take_k_in_parts() -> None:
-    """The key projection of an 8B model alone: 32 programs would read 2 MB one after another."""
-    assert tuned.config(case("int4.g128", m=1, n=1024, k=4096))["SPLIT"] == 4
-    assert tuned.config(case("int4.g128", m=1, n=1024, k=1024))["SPLIT"] == 1
-    assert tuned.config(case("int4.g128", m=1, n=14336, k=4096))["SPLIT"] == 1
+def test_few_programs_take_k_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key projection of an 8B model alone: 32 programs would read 2 MB one after another. Programs that cut K themselves are left alone."""
+    size = (1, 4096, 4096)
+    for parts, split in ((1, 4), (4, 1)):
+        monkeypatch.setattr(tuned, "rows", lambda parts=parts: {"16 @ int4": {size: (1, 32, 1, 1, parts, 3, parts)}})
+        assert tuned.config(case("int4.g128", m=1, n=1024, k=4096))["SPLIT"] == split
+        assert tuned.config(case("int4.g128", m=1, n=1024, k=1024))["SPLIT"] == 1
+        assert tuned.config(case("int4.g128", m=1, n=14336, k=4096))["SPLIT"] == 1
+
+
+@pytest.mark.parametrize(("k", "parts", "warps"), [(4096, 8, 8), (512, 4, 4), (768, 2, 2), (896, 1, 1), (130, 1, 1)])
+def test_parts_of_k_are_whole_blocks(monkeypatch: pytest.MonkeyPatch, k: int, parts: int, warps: int) -> None:
+    monkeypatch.setattr(tuned, "rows", lambda: {"16 @ int4": {(1, 4096, 4096): (1, 16, 1, 1, 8, 3, 8)}, "16 @ int4, gated": {(1, 4096, 4096): (1, 16, 1, 1, 8, 3, 8)}, "16 @ int4, grouped": {(1, 4096, 4096): (16, 16, 1, 1, 8, 3, 8)}})
+    c = case("int4.g128", m=1, n=4096, k=k)
+    for tile in (tuned.config(c), tuned.gated(c), tuned.grouped(replace(c, experts=4), False)):
+        assert (tile["PARTS"], tile["num_warps"]) == (parts, warps)
+
+
+def test_rows_of_an_expert_choose_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (16, 32, 1, 1, 2, 3, 1), (128, 64, 1, 1, 4, 3, 1)
+    c = replace(case("int4.g128", n=768, k=2048), experts=128)
+    monkeypatch.setattr(tuned, "rows", lambda: {"16 @ int4, grouped": {(1, 768, 2048): few, (256, 768, 2048): many}})
+    assert [tuned.grouped(replace(c, m=m), False)["BLOCK_M"] for m in (8, 128, 512, 32768, None)] == [16, 16, 128, 128, 128]
+    monkeypatch.setattr(tuned, "rows", lambda: {"16 @ int4": {(1, 768, 2048): (1, 16, 4, 1, 1, 3, 1)}})
+    assert (tuned.grouped(replace(c, m=8), False)["BLOCK_M"], tuned.grouped(replace(c, m=8), True)["BLOCK_M"]) == (16, 1)
+    assert tuned.grouped(replace(c, m=8), False)["SPLIT"] == 1
+
+
+def test_the_shipped_table_can_be_taken() -> None:
+    """Every row, for a K of every kind: whole blocks in each part, eight columns of weights or more, no split where parts are."""
+    for arithmetic, found in tuned.rows().items():
+        for tile in found.values():
+            rows, columns, split, unroll, warps, stages, parts = tile
+            assert all(v & (v - 1) == 0 for v in (rows, columns, split, unroll, warps, parts)), (arithmetic, tile)
+            assert columns >= 8 and stages >= 1 and (parts == 1 or (split == 1 and warps % parts == 0)), (arithmetic, tile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -139,3 +140,58 @@ def test_decoding_with_a_static_cache(built) -> None:
             wanted = model(token, past_key_values=cache["plain"], use_cache=True).logits
             torch.testing.assert_close(fast(token, past_key_values=cache["fast"], use_cache=True).logits, wanted, rtol=2e-4, atol=2e-4)
     assert "attention" in text(built[0].lowered) and not built[0].planned.meta["attention"]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As transformers spells it: a mask of positions, which nothing but sizes decides."""
+    at = torch.arange(S, device=q.device)
+    return F.scaled_dot_product_attention(q, spread(k), spread(v), attn_mask=(at[None, :] <= at[:, None])[None, None], scale=0.3)
+
+
+PROMPTS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "bool": (causal, True),
+    "float": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.full((S, S), torch.finfo(q.dtype).min).triu(1)), True),
+    "window": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.ones(S, S, dtype=torch.bool).tril().triu(-3)), False),
+    "all": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.ones(S, S, dtype=torch.bool)), False),
+    "slopes": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.full((S, S), -math.inf).triu(1) + torch.arange(S)), False),
+    "of an input": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.ones(S, S, dtype=torch.bool).tril() & (q[0, 0, 0, 0] < 1e9)), False),
+    "by chance": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.ones(S, S, dtype=torch.bool).tril() & (torch.rand(S, S) < 2)), False),
+    "written": (lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v), torch.ones(S, S, dtype=torch.bool).tril().logical_or_(torch.eye(S).bool().roll(1, 1))), False),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_is_told_that_its_mask_is_causal(name: str) -> None:
+    fn, told = PROMPTS[name]
+    given = inputs(S)
+    gm = attended(fn, *given)
+    (node,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    assert bool(node.kwargs.get("is_causal")) is told
+    assert ("1 with a causal mask" in gm.meta["note"]) is told
+    if told:
+        assert node.kwargs["attn_mask"] is None and "enable_gqa" not in node.kwargs, "on a CPU grouped queries would be computed step by step"
+    gm.graph.lint()
+    torch.testing.assert_close(called(gm, *given), fn(*given))
+
+
+def test_a_prompt_on_a_gpu_repeats_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's GPU kernels of 16 bits share keys among heads themselves."""
+    q, k, v = (x.bfloat16() for x in inputs(S))
+    gm = captured(causal, q, k, v)
+    monkeypatch.setattr(sys.modules["qcompile.passes.attend"], "shares_keys", lambda x: x.dtype.itemsize == 2)
+    PASSES["attend"].fn(gm, None)
+    (node,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    assert node.kwargs["enable_gqa"] is True and [node.kwargs[name].op for name in ("key", "value")] == ["placeholder"] * 2
+    assert not gm.graph.find_nodes(op="call_method", target="expand")
+    gm.graph.lint()
+    torch.testing.assert_close(called(gm, q, k, v), causal(q, k, v), rtol=2e-2, atol=2e-2)
+
+
+def test_a_prompt_of_a_real_model(built) -> None:
+    pytest.importorskip("transformers")
+    model, given = tiny("llama")
+    ids = given["input_ids"]
+    with torch.no_grad():
+        fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8", "ignore": "re:.*", "lower": "eager"})
+        torch.testing.assert_close(fast(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=2e-4, atol=2e-4)
+    assert "is_causal=True" in text(built[0].planned) and not built[0].planned.meta["attention"]
