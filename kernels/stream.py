@@ -28,6 +28,8 @@ from .op import Case
 from .tiles import SUB
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FEW = 64
+"""Up to so many rows of activations tensor cores hand over FP8 sums after 128 columns: they keep about 14 bits, which shows in the sums of few rows (1e-2 at K = 2,048), and bandwidth is the limit there."""
 BYTES = 8
 """Bits of a code that needs no unpacking."""
 
@@ -227,7 +229,8 @@ class _Text:
                 into = f"acc{u}" if not self.by_group else f"part{s}{u}"
                 begun = not self.by_group or (i > 0 and not self.fine)
                 turned = f"tl.trans(x{i})" if whole else f"tl.permute(x{i}, (0, 2, 1))"
-                lines.append(f"{into} = tl.dot(w{i}{u}, {turned}, {f'{into}, ' if begun else ''}out_dtype={self.out})")
+                exact = f", max_num_imprecise_acc={BLOCK} if BLOCK_M <= {FEW} else None" if self.dot == "fp8" and not self.by_group else ""
+                lines.append(f"{into} = tl.dot(w{i}{u}, {turned}, {f'{into}, ' if begun else ''}out_dtype={self.out}{exact})")
                 if point and self.integer:  # z * sum(x) is what the codes have too much
                     lines += [f"sum{i} = tl.sum(x{i}.to(tl.int32), {1 if whole else 2})"] if u == self.sums[0] else []
                     lines.append(f"{into} -= z{s}{u}.to(tl.int32){down} * {self.factor} * sum{i}{across}")

@@ -31,6 +31,7 @@ from qcompile.compat_ir import (  # noqa: F401  (one door for all that is privat
     static_int,
     sum_first,
     transposed,
+    whole_rows,
 )  # fmt: skip
 
 # --- Inductor: compiling ---------------------------------------------------------------------------------------------
@@ -43,7 +44,8 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, An
 
     flush_lowerings()
     table = _Decompositions({**select_decomp_table(), **decompositions}) if decompositions else None
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches), decompositions=table)
+    with whole_rows():
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches), decompositions=table)
     return compiled
 
 

@@ -121,6 +121,31 @@ def lower_template(
     return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
 
 
+LONGEST = 8192
+"""Elements of a row that a reduction keeps in registers."""
+
+
+def whole_rows() -> Any:
+    """A context in which reductions over rows of up to ``LONGEST`` elements load them once.
+
+    Quantizing a row, or normalizing and quantizing it, reads it twice: for its maximum, then for its codes. Inductor keeps rows of 1,024 elements in registers and reads longer ones again.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: SIMDKernelFeatures, cooperative_reduction: bool) -> bool:
+            usual: bool = InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            if usual or cooperative_reduction or features.get_reduction_hint() != ReductionHint.INNER or not torch._inductor.config.triton.persistent_reductions:
+                return usual
+            return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST))
+
+    return V.set_choices_handler(Choices())
+
+
 def lowered(op: Any, *args: Any) -> Any:
     """What Inductor makes of an ATen op on IR nodes."""
     from torch._inductor.lowering import lowerings
