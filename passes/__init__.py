@@ -14,6 +14,7 @@ if __name__ == "qcompile.passes":
     from . import adaround, aqas, awq, fake_quant, fp8, frozen, gptq, lloyd_max, rtn, sequential_mse, smooth
     from .attend import attend
     from .checkpoints import checkpoints
+    from .factors import factors
     from .find_sites import find_sites
     from .glu import glu
     from .infra import Pass
@@ -26,7 +27,7 @@ if __name__ == "qcompile.passes":
     from .training import Training
     from .transform import transform
 
-    PASSES: dict[str, Pass] = {p.name: p for p in (checkpoints, normalize, find_sites, match, observe, transform, merge, attend, lower, glu)}
+    PASSES: dict[str, Pass] = {p.name: p for p in (checkpoints, normalize, find_sites, match, observe, transform, merge, attend, lower, glu, factors)}
     TRANSFORMS: dict[str, Transform] = {t.name: t for t in (smooth.TRANSFORM, awq.TRANSFORM, aqas.TRANSFORM)}
     SOLVERS: dict[str, Solver] = {s.name: s for s in (rtn.SOLVER, gptq.SOLVER, adaround.SOLVER, sequential_mse.SOLVER, lloyd_max.SOLVER)}
     TRAININGS: dict[str, Training] = {t.name: t for t in (fake_quant.TRAINING, fp8.TRAINING, frozen.TRAINING)}

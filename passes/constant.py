@@ -15,6 +15,8 @@ LARGEST = 2**26
 """Elements of the largest value that is computed."""
 UNSURE = ("rand", "dropout", "bernoulli", "normal", "multinomial", "empty", "exponential", "poisson")
 """Parts of names of functions that give something else each time."""
+LEVELS = ("torch._functorch", "torch._C._functorch")
+"""Modules of functions that mean something only inside of a level of ``torch.vmap``, which the graph enters and leaves by calls that no value depends on."""
 
 
 def constant(node: fx.Node) -> Any:
@@ -72,7 +74,7 @@ def _name(target: str | Callable[..., Any]) -> str:
 
 
 def _unsure(target: str | Callable[..., Any]) -> bool:
-    return _in_place(target) or any(part in _name(target) for part in UNSURE)
+    return _in_place(target) or any(part in _name(target) for part in UNSURE) or any(part in str(getattr(target, "__module__", "")) for part in LEVELS)
 
 
 def _writes(user: fx.Node, node: fx.Node) -> bool:

@@ -124,7 +124,7 @@ class CompiledGraph:
         """(the graph with all that was decided, the same with our ops in it)."""
         own = ("transform",) if any(isinstance(c, Choice) and c.smooth for c in matched.meta["plan"].values()) else ()
         self.planned = self._run([PASSES[name] for name in (*own, *self.options.passes, "merge", "attend")], matched, context)
-        return self.planned, self._run([PASSES["lower"], PASSES["glu"]], self.planned, context)
+        return self.planned, self._run([PASSES["lower"], PASSES["glu"], PASSES["factors"]], self.planned, context)
 
     def _run(self, passes: Sequence[Pass], gm: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Run passes; where one fails, what came before it is still dumped."""

@@ -47,7 +47,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 PIPELINE = ("normalize", "find_sites", "match", "observe")
 """Passes that always run before those that a user names; ``lower`` and ``glu`` run after them."""
-OURS = ("checkpoints", *PIPELINE, "transform", "merge", "attend", "lower", "glu")
+OURS = ("checkpoints", *PIPELINE, "transform", "merge", "attend", "lower", "glu", "factors")
 """Passes that run by themselves."""
 LATER = {"output": "output schemes"}
 """Keys whose names are fixed and whose rooms are not built: an error says so, nothing is ignored in silence."""

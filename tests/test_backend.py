@@ -78,7 +78,7 @@ def test_what_a_graph_tells(x):
         compiled(model, recipe="W4A16", ignore=["up"])(x)
     graph, args = seen[0]
     assert isinstance(graph, CompiledGraph) and list(graph.sites) == ["up", "down"]
-    assert [step.name for step in graph.steps] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu"]
+    assert [step.name for step in graph.steps] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu", "factors"]
     assert isinstance(graph.plan["up"], Skip) and "rule 'up' keeps 16 bits" in str(graph.plan["up"]) and str(graph.plan["down"]) == "int4.g128"
     assert list(graph.kernels) == ["down"] and graph.kernel_count >= 1
     assert not any(a is model.down.weight for a in (args[i] for i in graph._kept)) and any(a is model.up.weight for a in args)

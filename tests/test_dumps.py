@@ -17,7 +17,7 @@ from torch import nn
 from qcompile.core.errors import PassError, StrictError
 from qcompile.passes import PASSES, Pass
 
-PIPELINE = ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu"]
+PIPELINE = ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu", "factors"]
 FILES = {"00_capture.txt", "kernels.txt"} | {f"{i + 1:02d}_{name}.{end}" for i, name in enumerate(PIPELINE) for end in ("txt", "diff")}
 
 LINE = r"{i:02d} {name} +\d+ lines changed +[\d.]+ ms"

@@ -28,7 +28,7 @@ def report() -> qcompile.Report:
 
 def masked(text: str) -> str:
     """Times of passes as dashes, and nothing of what this CPU has kernels for."""
-    text = re.sub(r"^((?:normalize|find_sites|match|observe|merge|attend|lower|glu) +\d+ +\d+) +[\d.]+", r"\1  --", text, flags=re.M)
+    text = re.sub(r"^((?:normalize|find_sites|match|observe|merge|attend|lower|glu|factors) +\d+ +\d+) +[\d.]+", r"\1  --", text, flags=re.M)
     text = re.sub(r"-{20,}$", "-----", text, flags=re.M)
     return re.sub(r", \d+ without a kernel|^\n?note: .* are emulated.*", "", text, flags=re.M)
 
@@ -69,7 +69,8 @@ observe          1              0  --
 merge            1              0  --  0 linears in 0 products
 attend           1              0  --  0 calls of attention with few queries
 lower            1             35  --  6 linears lowered
-glu              1              0  --  0 gated products""",
+glu              1              0  --  0 gated products
+factors          1              0  --  0 merged products take a vector""",
         )
 
     def test_weight_only(self) -> None:
@@ -104,7 +105,8 @@ observe          1              0  --
 merge            1              0  --  0 linears in 0 products
 attend           1              0  --  0 calls of attention with few queries
 lower            1              5  --  1 linears lowered
-glu              1              0  --  0 gated products""",
+glu              1              0  --  0 gated products
+factors          1              0  --  0 merged products take a vector""",
         )
 
 
@@ -149,7 +151,7 @@ def test_json(report):
     data = json.loads(report.to_json())
     assert data == json.loads(json.dumps(report.to_dict())) and set(data) == {"sites", "kept", "graphs", "totals", "notes"}
     assert data["sites"][0]["name"] == "layers.0.up" and data["sites"][0]["shape"] == [128, 64]
-    assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu"]
+    assert [step["name"] for step in data["graphs"][0]["steps"]] == ["normalize", "find_sites", "match", "observe", "merge", "attend", "lower", "glu", "factors"]
     assert data["totals"]["coverage"] == report.totals.coverage
     with pytest.raises(ValueError, match="JSON"):
         dataclasses.replace(report, sites=(dataclasses.replace(report.sites[0], bits=float("nan")),)).to_json()

@@ -174,6 +174,19 @@ def test_a_prompt_is_told_that_its_mask_is_causal(name: str) -> None:
     torch.testing.assert_close(called(gm, *given), fn(*given))
 
 
+def test_a_mask_that_vmap_makes_stays() -> None:
+    """Its levels are entered by calls that no value depends on, so its value is not known apart from the graph."""
+
+    def masked(q: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=torch.vmap(lambda row: torch.vmap(lambda column: column <= row)(at))(at))
+
+    q = torch.randn(B, H, S, D)
+    with torch.no_grad():
+        y = torch.compile(masked, backend="qcompile", options={"lower": "eager"})(q)
+    assert torch.equal(y, masked(q))
+
+
 def test_a_prompt_on_a_gpu_repeats_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's GPU kernels of 16 bits share keys among heads themselves."""
     q, k, v = (x.bfloat16() for x in inputs(S))
