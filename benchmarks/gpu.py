@@ -12,14 +12,17 @@ shapes     the other linears of an 8B model, at one and sixteen rows
 
 What the numbers do not say: weights are random, and so are keys and values; the quantization of the input is included, and inside a model it is part of the norm before. `floor` is the time to read the weights
 once at the bandwidth that a reduction reaches here (a copy, which writes too, reaches less), or the operations at the rate of a large product of the library. In whole models it counts weights, and keys and values
-up to the context. Rows of `cases.py` run in order until `--seconds` are over; parts that are not run keep what the file has.
+up to the context. Rows of `cases.py` run in order until `--seconds` are over; parts and rows that are not run keep what the file has, and each row says of which commit it is (`QCOMPILE_COMMIT`, where there is
+no repository to ask).
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,6 +43,23 @@ import qcompile
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("breakdown", "model", "prefill", "linear", "moe", "lines", "generate", "start", "shapes")
 Row = dict[str, Any]
+NAMES = ("recipe", "model", "what", "head", "batch", "context", "tokens", "layers", "m", "n", "k")
+"""What tells the rows of a part apart."""
+
+
+def commit() -> str:
+    """The commit at hand."""
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False)
+    return os.environ.get("QCOMPILE_COMMIT") or asked.stdout.strip() or "unknown"
+
+
+def put(rows: list[Row], row: Row) -> None:
+    """In the place of the row of the same case, or behind all."""
+    same = [i for i, old in enumerate(rows) if (old["case"] == row["case"] if "case" in old else all(old.get(name) == row.get(name) for name in NAMES))]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
 
 
 def machine() -> Row:
@@ -106,17 +126,17 @@ def measure(parts: Sequence[str], only: Sequence[str], path: Path | None, second
     path = path or RESULTS / about["gpu"].split()[1].lower() / "gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     report: Row = {**(json.loads(path.read_text()) if path.exists() else {}), "machine": about}
-    wrong = 0
+    wrong, at = 0, commit()
     for part in parts:
-        report[part] = []
+        rows = report.setdefault(part, [])
         work = rows_of(part, about, only)
         for done, (what, run) in enumerate(work):
             if time.perf_counter() - begun > seconds:
                 print(f"{part}: out of time; {len(work) - done} of {len(work)} rows were not run", flush=True)
                 break
-            row = attempt(what, run)
+            row = {"case": what, **attempt(what, run), "commit": at}
             wrong += not row.get("right", "failed" not in row)
-            report[part].append(row)
+            put(rows, row)
             print(gpu_breakdown.table(row) if part == "breakdown" else f"{part} {json.dumps(row)}", flush=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
     return wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import sys
 from unittest import mock
 
@@ -204,20 +205,35 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch, capsys):
 
     path = tmp_path / "sub" / "gpu.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"machine": {}, "linear": [{"us": 1.0}], "moe": [{"us": 2.0}]}))
+    path.write_text(json.dumps({"machine": {}, "linear": [{"us": 1.0}], "moe": [{"case": "first", "us": 2.0}, {"case": "fourth", "right": True}]}))
     rows = [("first", lambda: {"us": 3.0, "right": True}), ("second", fails), ("third", lambda: {"right": False})]
     monkeypatch.setattr(gpu, "machine", lambda: MACHINE)
     monkeypatch.setattr(gpu, "rows_of", lambda part, about, only: rows)
     assert gpu.measure(["moe", "breakdown"], (), path, 100.0) == 4
     found = json.loads(path.read_text())
     assert found["machine"] == MACHINE and found["linear"] == [{"us": 1.0}]
-    assert [row.get("failed", row.get("right")) for row in found["moe"]] == [True, "RuntimeError: launch failed", False] and len(found["breakdown"]) == 3
+    assert [row.get("failed", row.get("right")) for row in found["moe"]] == [True, True, "RuntimeError: launch failed", False] and len(found["breakdown"]) == 3
     capsys.readouterr()
     assert gpu.measure(["model"], (), path, -1.0) == 0
     assert "model: out of time; 3 of 3 rows were not run" in capsys.readouterr().out
 
 
 @torch.no_grad()
+def test_rows_that_are_not_measured_again_stay():
+    rows = [{"recipe": "W8A8", "m": 1, "us": 2.0, "commit": "a"}, {"recipe": "W4A16", "m": 1, "us": 3.0, "commit": "a"}]
+    gpu.put(rows, {"case": "W4A16 1", "recipe": "W4A16", "m": 1, "us": 1.0, "commit": "b"})
+    gpu.put(rows, {"case": "W4A16 16", "failed": "no memory", "commit": "b"})
+    gpu.put(rows, {"case": "W4A16 16", "recipe": "W4A16", "m": 16, "us": 4.0, "commit": "c"})
+    assert [(r["recipe"], r["m"], r["us"], r["commit"]) for r in rows] == [("W8A8", 1, 2.0, "a"), ("W4A16", 1, 1.0, "b"), ("W4A16", 16, 4.0, "c")]
+
+
+def test_the_commit_is_the_one_at_hand_or_given(monkeypatch):
+    monkeypatch.delenv("QCOMPILE_COMMIT", raising=False)
+    assert re.fullmatch(r"[0-9a-f]{7,}|unknown", gpu.commit())
+    monkeypatch.setenv("QCOMPILE_COMMIT", "given")
+    assert gpu.commit() == "given"
+
+
 def test_graphs_of_steps(monkeypatch):
     """Streams, graphs and events that do nothing: as many steps are captured as said, from the start, and replays begin there."""
     cuda = mock.MagicMock()
