@@ -40,7 +40,7 @@ def settled(name: str, dtype: str) -> str:
     """A Triton statement that changes nothing and costs nothing, but reads what tensor cores make.
 
     They read decoded operands from registers while the program goes on. Where sums go from one step of a loop into the next and nothing else reads them, Triton (3.6) waits for the last product of
-    a step only in the next one, and by then its registers may hold the next weights: wrong sums, now and then, seen on an H200 in tiles of eight warps.
+    a step only in the next one. A variant of the loop that left it so gave wrong sums, now and then, in tiles of eight warps on an H200.
     """
     return f'{name} = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [{name}], dtype={dtype}, is_pure=True, pack=1)'
 
