@@ -1,4 +1,4 @@
-"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage|train [--write]`.
+"""The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage|sweep|train [--write]`.
 
 `results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
 """
@@ -163,6 +163,42 @@ def coverage() -> str:
     return measured.markdown(json.loads(measured.RESULTS.read_text()))
 
 
+def sweep() -> str:
+    """Sentences about all types of models that transformers has: `results/cpu/sweep.json` of `sweep.py`."""
+    from sweep import FAULTS, RIGHT
+    from sweep import RESULTS as LEFT
+
+    report = json.loads(LEFT.read_text())
+    rows: dict[str, dict[str, Any]] = report["rows"]
+    of = {status: [name for name, row in rows.items() if row["status"] == status] for status in dict.fromkeys(row["status"] for row in rows.values())}
+    count = {status: len(names) for status, names in of.items()}
+    untried = [name for status in ("not built", "too large", "eager is random") for name in of.get(status, ())]
+    right = {name: row for name, row in rows.items() if row["status"] in RIGHT and row["linears"]}
+    low = {name: row for name, row in right.items() if row["bytes"] < 0.95}
+    experts = [row for row in right.values() if row["stacked"]]
+    faults = [f"`{name}` ({row['status']}: {row.get('why', 'see the file')})" for name, row in rows.items() if row["status"] in FAULTS]
+    below = [f"`{name}` {row['bytes']:.1%} ({_most(row)})" for name, row in low.items()]
+    stacks, packed = (sum(row[key] for row in experts) for key in ("stacked", "stacked_quantized"))
+    lines = [
+        f"`python benchmarks/sweep.py` builds a tiny random model of each of the {report['types']} model types of transformers {report['versions']['transformers']}, by rules on the names of configuration fields, and runs it under W8A8. "
+        f"{len(rows) - len(untried)} of them run in eager with the inputs that its rules make. {len(right)} of these are compiled and right: {count.get('ok', 0)} in one graph, {count.get('several graphs', 0)} in several, for Dynamo breaks them, and "
+        f"{count.get('moved by rounding', 0)} that rounded activations move by more than the bound (three times what rounding the weights does), but that with 16-bit activations answer as the rounded weights do, up to what a millionth of the weights changes. {count.get('no linears', 0)} multiply by nothing but convolutions and matrices of fewer than 16 rows; "
+        f"{count.get('Dynamo fails', 0)} fail or answer otherwise under Dynamo's own backend `eager`, too, and {count.get('timeout', 0)} take longer than the sweep waits. qcompile fails for {', '.join(faults) or 'none'}.",
+        "",
+        f"In {len(right) - len(low)} of the {len(right)} at least 95 % of the bytes of the linears and experts that eager multiplies by (a dispatch mode sees which) are quantized, heads and routers apart; {len(experts)} keep experts as stacked 3-D parameters, and {packed} of their {stacks} stacks are quantized."
+        + (f" Below 95 %: {'; '.join(below)}." if below else ""),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _most(row: dict[str, Any]) -> str:
+    """The reasons that are neither a head's nor a convolution's."""
+    if row["outside"]:
+        return "the rest runs outside of every graph"
+    reasons = [why for why in row["kept"] if why not in ("head", "router", "unread") and not why.startswith("a convolution with a kernel")]
+    return ", ".join(reasons[:2])
+
+
 def train() -> str:
     """Markdown of what training gave: `results/h200/train.json` of `train.py`, `qlora.json` of `gpu_qlora.py`, `fp8_training.json` of `gpu_train.py`, and `fp8_curve.json` and `fp8_curve_dropout.json` of `fp8_curve.py`."""
     qat, qlora, fp8, curve, dropped = (json.loads((RESULTS / "h200" / f"{name}.json").read_text()) for name in ("train", "qlora", "fp8_training", "fp8_curve", "fp8_curve_dropout"))
@@ -214,7 +250,7 @@ def train() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"cpu": cpu, "gpu": gpu, "coverage": coverage, "train": train}
+SECTIONS = {"cpu": cpu, "gpu": gpu, "coverage": coverage, "sweep": sweep, "train": train}
 
 
 def main() -> None:

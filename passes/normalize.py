@@ -1,7 +1,7 @@
 """Every spelling of a linear becomes one: ``torch.nn.functional.linear(x, weight, bias)`` with ``weight`` a parameter or its transpose.
 
 Each rule is pattern, check, rewrite; a check that refuses gives its reason, which the report prints. Spellings met in models: ``linear``, ``addmm`` (GPT-2's Conv1D, weight K x N),
-``matmul``/``mm``/``@``/``inner`` with a parameter, convolutions with a kernel of one, and ``multi_head_attention_forward``. A matrix that any other operation reads, unless it is known to be
+``matmul``/``mm``/``@``/``inner`` with a parameter (as the first factor, too), convolutions with a kernel of one, and ``multi_head_attention_forward``. A matrix that any other operation reads, unless it is known to be
 harmless (a view, a cast, pointwise, a norm, a table that is looked up), is listed, too.
 """
 
@@ -30,10 +30,10 @@ INNER = {torch.inner, "inner"}
 ADDMMS = {torch.addmm, "addmm", ATEN.addmm, ATEN.addmm.default}
 MATMULS = {torch.matmul, torch.mm, operator.matmul, torch.linalg.matmul, "matmul", "mm", "__matmul__", ATEN.mm, ATEN.mm.default, ATEN.matmul, ATEN.matmul.default}
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, F.conv1d, F.conv2d}
-OTHERS = {torch.bmm, torch.baddbmm, torch.einsum, torch.addbmm, "bmm", "baddbmm", torch.conv3d, F.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, F.bilinear}
+OTHERS = {torch.bmm, torch.baddbmm, torch.einsum, torch.addbmm, "bmm", "baddbmm", torch.conv3d, F.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, F.bilinear}
 PRODUCTS = LINEARS | INNER | ADDMMS | MATMULS | CONVOLUTIONS | OTHERS | {"__rmatmul__", attention.FORWARD}
 HARMLESS = {
-    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "expand_as", "view_as", "transpose", "t", "adjoint", "permute", "movedim", "moveaxis",
+    "view", "reshape", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "expand_as", "view_as", "transpose", "t", "adjoint", "permute", "movedim", "moveaxis",
     "swapaxes", "swapdims", "getitem", "getattr", "select", "narrow", "index_select", "gather", "take", "take_along_dim", "chunk", "split", "split_with_sizes", "tensor_split",
     "unbind", "tile", "repeat", "repeat_interleave", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "flip", "roll", "as_strided", "contiguous", "clone", "detach",
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "cuda", "cpu", "size", "stride", "dim", "numel", "len", "item", "tolist", "new_zeros", "new_ones",
@@ -42,7 +42,7 @@ HARMLESS = {
     "floordiv", "mod", "neg", "pow", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "square", "sigmoid", "logsigmoid", "tanh", "relu", "relu6", "gelu", "silu", "mish",
     "softplus", "softmax", "log_softmax", "clamp", "clip", "maximum", "minimum", "sin", "cos", "sign", "floor", "ceil", "round", "reciprocal", "lerp", "addcmul", "addcdiv",
     "iadd", "isub", "imul", "itruediv", "rsub", "multiply", "divide", "subtract", "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "erf", "cumsum", "prelu",
-    "leaky_relu", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "linalg_norm", "linalg_vector_norm", "vector_norm", "sum", "mean",
+    "leaky_relu", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "weight_norm", "weight_norm_interface", "linalg_norm", "linalg_vector_norm", "vector_norm", "sum", "mean",
     "var", "std", "amax", "amin", "max", "min", "argmax", "all", "any", "isnan", "isinf", "isfinite", "scaled_dot_product_attention",
 }  # fmt: skip
 """Operations that may read a matrix without being a product with a layer's weight, by their names (``add``, ``add_`` and ``__add__`` are one)."""
@@ -124,12 +124,34 @@ def _matmul(graph: fx.Graph, node: fx.Node) -> Skip | None:
     if node.target == "__rmatmul__":
         x, weight = weight, x
     found = parameter_of(weight)
+    first = isinstance(found, Skip) and not isinstance(parameter_of(x), Skip)
+    if first:
+        x, weight, found = weight, x, parameter_of(x)
     if isinstance(found, Skip):
         return Skip("the parameter is the first factor of the product") if _behind(x) else found
     value = example(found)
     if value is None or value.dim() != 2:
         return Skip(f"a product with a parameter of shape {tuple(value.shape) if value is not None else '?'}")
+    if first:
+        return _columns(graph, node, x, weight)
     _replace(graph, node, x, weight, True, None)
+    return None
+
+
+def _columns(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node) -> Skip | None:
+    """``W @ x``: the columns of ``x`` are what a linear calls rows (state-space models write their time step so)."""
+    value, out = example(x), node.meta["example_value"]
+    if not isinstance(x, fx.Node) or value is None or not value.dim():
+        return Skip("the parameter is the first factor of the product")
+    vector = value.dim() == 1
+    with graph.inserting_before(node):
+        if not vector:
+            x = graph.call_method("transpose", (x, -1, -2))
+            x.meta["example_value"] = value.transpose(-1, -2)
+        y = graph.call_function(LINEAR, (x, weight, None))
+        back = y if vector else graph.call_method("contiguous", (graph.call_method("transpose", (y, -1, -2)),))
+    y.meta = {**node.meta, "example_value": out if vector else out.transpose(-1, -2)}
+    _substitute(graph, node, back)
     return None
 
 
@@ -145,13 +167,19 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
     def trivial(arg: Any, default: int) -> bool:
         return arg is None or arg in ("valid", "same") or all(v == default for v in (arg if isinstance(arg, (tuple, list)) else (arg,)))
 
-    if not (trivial(stride, 1) and trivial(padding, 0) and trivial(dilation, 1) and groups in (None, 1)):
-        return Skip("a convolution with stride, padding, dilation or groups")
+    if not (trivial(padding, 0) and trivial(dilation, 1) and groups in (None, 1)):
+        return Skip("a convolution with padding, dilation or groups")
     if xv.dim() != len(kernel) + 2:
         return Skip("a convolution without a batch axis")
     with graph.inserting_before(node):
         moved = graph.call_method("movedim", (x, 1, -1))
         moved.meta["example_value"] = xv.movedim(1, -1)
+        if not trivial(stride, 1):  # a shortcut past a block that halves the picture: every second place is multiplied
+            steps = tuple(stride) * (len(kernel) // len(stride)) if isinstance(stride, (tuple, list)) else (stride,) * len(kernel)
+            places = (slice(None), *(slice(None, None, step) for step in steps))
+            taken = graph.call_function(operator.getitem, (moved, places))
+            taken.meta["example_value"] = moved.meta["example_value"][places]
+            moved = taken
         flat = graph.call_method("flatten", (weight, 1))
         flat.meta["example_value"] = value.flatten(1)
         flat.meta["flat"] = True

@@ -224,11 +224,11 @@ def fold(gm: fx.GraphModule, inputs: Sequence[Any], names: dict[int, tuple[nn.Mo
 def unfold(gm: fx.GraphModule) -> None:
     """Compute the stored weights that a graph still reads: linears that a rule keeps in 16 bits."""
     named = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
-    last = list(named.values())[-1]
-    for codes in list(named.values()):
+    inputs = list(named.values())
+    for codes in inputs:
         if "stored" in codes.meta and codes.users:
             readers = list(codes.users)
-            with gm.graph.inserting_after(last):
+            with gm.graph.inserting_after(inputs[-1]):
                 value = gm.graph.call_function(target("stored"), _nodes(codes.meta["op"], named))
             value.meta["example_value"] = codes.meta["example_value"]
             for reader in readers:

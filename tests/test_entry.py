@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import pytest
 from small import ROOT, python
@@ -89,3 +93,25 @@ def test_from_the_repository_s_root(folder):
         f"import os; os.chdir({str(folder)!r}); import sys; sys.path.insert(0, ''); import kernels, passes, qcompile, transformers; print(qcompile.__version__, hasattr(kernels, 'OPS'))"
     )
     assert out.split()[-1] == "False"
+
+
+def test_the_wheel_has_every_file(tmp_path):
+    """Modules, kernels, the table of tiles, C++ sources, templates and the shipped model, under the names that they are imported by; and the entry point by which torch finds the backend."""
+    folders = {"qcompile": "qcompile", "passes": "qcompile/passes", "kernels": "qcompile/kernels"}
+    source = tmp_path / "source"
+    for name in folders:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    expected = {f"{installed}/{path.relative_to(source / name).as_posix()}" for name, installed in folders.items() for path in (source / name).rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("qcompile-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    needed = ("kernels/tuned.json", "kernels/linear.py", "passes/gptq.py", "templates/report.html", "data/stdlib_lm/model.safetensors", "py.typed")
+    assert {f"qcompile/{name}" for name in needed} <= expected
+    assert "[torch_dynamo_backends]\nqcompile = qcompile.backend:backend" in entry

@@ -22,6 +22,22 @@ def test_cpu():
     assert report["compile"]["cold_ratio"] <= 1.5 and report["compile"]["warm_beyond"] <= 2.0 and report["compile"]["right"]
 
 
+def test_sweep():
+    """More than five hundred model types of transformers were tried, and nothing that failed did so because of qcompile; experts as stacked 3-D parameters are quantized whole."""
+    report = read("cpu/sweep.json")
+    rows = report["rows"]
+    tried = {name: row for name, row in rows.items() if row["status"] not in ("not built", "too large", "eager is random")}
+    assert len(rows) == report["types"] and len(tried) > 500
+    faults = {"compile error", "wrong output", "nothing quantized", "unexplained", "crash"}
+    assert not {name: row["status"] for name, row in rows.items() if row["status"] in faults}
+    right = {name: row for name, row in tried.items() if row["status"] in ("ok", "several graphs", "moved by rounding") and row["linears"]}
+    assert all(row["error"] <= row["allowed"] for row in right.values() if row["status"] != "moved by rounding")
+    stacked = [row for row in right.values() if row["stacked"]]
+    assert len(stacked) >= 69 and all(row["stacked_quantized"] == row["stacked"] or row["outside"] for row in stacked)  # outside: a loop over experts in Python
+    assert sum(row["bytes"] >= 0.95 for row in right.values()) >= 0.97 * len(right)
+    assert not any(part in json.dumps(report) for part in ("/work", "/home", "/tmp", "/root"))
+
+
 def test_qat():
     """QAT of W4A16 closes four fifths of what rounding costs and more, W2A16 with TSLD ends within 15 % of fp32, and what `quantize` makes of a trained model is what was trained."""
     rows = {(row["case"], row["method"]): row for row in read("h200/train.json")["rows"]}

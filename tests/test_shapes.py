@@ -176,6 +176,46 @@ def test_graph_breaks():
     assert {"layers.0.down", "layers.0.up", "layers.1.down"} <= names and "layers.1.up" not in names
 
 
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_a_graph_without_inputs(lower):
+    """Between two breaks, a graph that makes a table out of nothing."""
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            steps = torch.arange(32.0).cos()
+            torch._dynamo.graph_break()
+            return self.fc(x) + steps
+
+    model = Broken()
+    with graphs() as seen:
+        assert right(compiled(model, recipe="W8A16", lower=lower), model, torch.randn(3, 32))
+    assert [len(args) for _, args in seen] == [0, 4]
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_a_weight_as_the_first_factor(lower):
+    """Time steps of state-space models: each column of the other factor is a token, and what follows sees the product as eager lays it out."""
+
+    class Columns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 48, bias=False)
+
+        def forward(self, x):
+            return (self.fc.weight @ x.transpose(1, 2)).view(-1, 16, 3 * x.shape[1])
+
+    model = Columns()
+    with graphs() as seen:
+        assert right(compiled(model, recipe="W8A16", lower=lower), model, torch.randn(2, 5, 32))
+    (site,) = seen[0][0].sites.values()
+    assert (site.path, site.shape, site.m) == ("fc", (48, 32), 10) and site.name in seen[0][0].kernels
+
+
 def test_fullgraph():
     model, x = Net(), torch.randn(5, 32)
     assert right(compiled(model, fullgraph=True), model, x)
