@@ -130,8 +130,8 @@ FOOTER = """
 
 def sorted_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
     """At most one ragged tile for each expert, and one for the rows behind them; never more tiles than rows."""
-    tiles_ = cdiv(m, meta["BLOCK_M"]) + meta["EXPERTS"] + 1
-    return ((min(tiles_, m) if isinstance(m, int) else tiles_) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+    count, rows = cdiv(m, meta["BLOCK_M"]) + meta["EXPERTS"] + 1, compat.static_int(m)
+    return ((count if rows is None else min(int(count), rows)) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
 def row_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:

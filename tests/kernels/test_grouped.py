@@ -85,3 +85,17 @@ def test_poisoned_experts_that_no_row_names_are_not_read():
     for index, by_row in (([1, 2, 2, 4], False), ([0, 1, 3, 3], True)):
         y = target("grouped_linear")(x, [], torch.tensor(index, dtype=torch.int32), q.flatten(), "int8.row", by_row)
         assert bool(torch.isfinite(y).all())
+
+
+def test_no_more_tiles_than_rows():
+    """Few rows of many experts: a tile holds a row at least. Sizes come as Python's numbers or SymPy's, a dynamic count as a symbol."""
+    import sympy
+
+    from qcompile.kernels.grouped import sorted_grid
+
+    meta = {"BLOCK_M": 16, "BLOCK_N": 32, "EXPERTS": 128}
+    cdiv = lambda a, b: -(-a // b)  # noqa: E731
+    for number in (int, sympy.Integer):
+        assert [sorted_grid(number(m), number(64), meta, cdiv=cdiv)[0] for m in (1, 8, 4096)] == [2, 16, 2 * (256 + 129)]
+    rows = sympy.Symbol("s0", integer=True, positive=True)
+    assert sorted_grid(rows, sympy.Integer(64), meta, cdiv=cdiv)[0].subs(rows, 8) == 2 * 130
