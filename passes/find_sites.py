@@ -72,19 +72,20 @@ def _find(node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
 
 def source_of(weight: Any) -> tuple[fx.Node | None, str]:
     """(parameter placeholder, view) of a canonical weight argument; (None, "") where the weight is no parameter. Casts, which autocast and models write, are seen through."""
-    node, steps = weight, []
+    node = weight
+    steps: list[str] = []
     while isinstance(node, fx.Node) and node.op != "placeholder":
         if is_transpose(node):
-            steps.append("t")
+            steps.pop() if steps[-1:] == ["t"] else steps.append("t")
         elif node.target == "flatten":
-            steps.append("flat")
+            steps.append("flat" if node.args[1:] == (1,) else "rows")
         elif is_element(node):
             steps.append(f"[{node.args[1]}]")
         elif node.target not in CASTS:
             return None, ""
         node = node.args[0]
     if isinstance(node, fx.Node) and "param" in node.meta:
-        return node, ".".join(reversed(steps)).replace("t.t", "").strip(".")
+        return node, ".".join(reversed(steps))
     return None, ""
 
 

@@ -213,7 +213,7 @@ def erase_unused_views(graph: fx.Graph) -> None:
         if node.users or node.op not in ("call_method", "call_function") or not (node.target in CASTS | {"flatten", operator.getitem} or is_transpose(node)):
             continue
         source = node.args[0]
-        while isinstance(source, fx.Node) and source.op in ("call_method", "call_function") and (source.target in CASTS | {operator.getitem} or is_transpose(source)):
+        while isinstance(source, fx.Node) and source.op in ("call_method", "call_function") and (source.target in CASTS | {"flatten", operator.getitem} or is_transpose(source)):
             source = source.args[0]
         if isinstance(source, fx.Node) and "param" in source.meta:
             graph.erase_node(node)

@@ -1,7 +1,7 @@
 """Every spelling of a linear becomes one: ``torch.nn.functional.linear(x, weight, bias)`` with ``weight`` a parameter or its transpose.
 
 Each rule is pattern, check, rewrite; a check that refuses gives its reason, which the report prints. Spellings met in models: ``linear``, ``addmm`` (GPT-2's Conv1D, weight K x N),
-``matmul``/``mm``/``@``/``inner`` with a parameter (as the first factor, too), convolutions with a kernel of one, and ``multi_head_attention_forward``. A matrix that any other operation reads, unless it is known to be
+``matmul``/``mm``/``@``/``inner`` with a parameter (as the first factor, too), ``einsum`` (``einsum.py``), convolutions with a kernel of one, and ``multi_head_attention_forward``. A matrix that any other operation reads, unless it is known to be
 harmless (a view, a cast, pointwise, a norm, a table that is looked up), is listed, too.
 """
 
@@ -18,7 +18,7 @@ from torch import fx
 
 from qcompile.core.errors import Skip
 
-from . import attention, experts
+from . import attention, einsum, experts
 from .checkpoints import write_out
 from .infra import graph_pass, target_name
 from .sites import CASTS, LeftAlone, example, is_transpose, rows
@@ -155,6 +155,22 @@ def _columns(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node) -> Ski
     return None
 
 
+def _einsum(graph: fx.Graph, node: fx.Node) -> Skip | None:
+    operands: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    if experts.resolve(node) is not None or len(operands) != 2 or not all(isinstance(n, fx.Node) for n in operands):
+        return _other(graph, node)
+    known = [isinstance(found := parameter_of(n), fx.Node) and (found is n or example(n).dim() == 2) for n in operands]
+    if sum(known) != 1:
+        return _other(graph, node)
+    x, weight = operands if known[1] else operands[::-1]
+    with graph.inserting_before(node):
+        made = einsum.expand(graph, node, known[1], x, weight)
+    if isinstance(made, Skip):
+        return made if _parameters(node) else None
+    _substitute(graph, node, made[1])
+    return None
+
+
 def _convolution(graph: fx.Graph, node: fx.Node) -> Skip | None:
     x, weight, bias, stride, padding, dilation, groups = _arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
     value, xv = example(weight), example(x)
@@ -222,6 +238,7 @@ RULES: tuple[tuple[Callable[[fx.Node], bool], Callable[[fx.Graph, fx.Node], Skip
     (lambda n: n.target in ADDMMS, _addmm),
     (lambda n: n.target in MATMULS or n.target == "__rmatmul__", _matmul),
     (lambda n: n.target in CONVOLUTIONS, _convolution),
+    (lambda n: n.target is torch.einsum, _einsum),
     (lambda n: n.target is attention.FORWARD, attention.expand),
     (lambda n: True, _other),
 )

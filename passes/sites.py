@@ -80,12 +80,14 @@ CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "de
 
 
 def view(parameter: Tensor, how: str) -> Tensor:
-    """The (experts,) N x K matrix of a site: steps "[3]" (one of stacked weights), "t" (last two axes swapped) and "flat", joined by dots."""
+    """The (experts,) N x K matrix of a site: steps "[3]" (one of stacked weights), "t" (last two axes swapped), "flat" (all axes but the first are columns) and "rows" (all but the last are rows), joined by dots."""
     for step in how.split(".") if how else ():
         if step == "t":
             parameter = parameter.transpose(-1, -2)
         elif step == "flat":
             parameter = parameter.flatten(1)
+        elif step == "rows":
+            parameter = parameter.flatten(0, -2)
         else:
             parameter = parameter[int(step[1:-1])]
     return parameter

@@ -123,7 +123,7 @@ REFUSED = {
     "matrix bias": lambda x, w, b: torch.addmm(x @ x.t() @ x[:, :32], x, w.t()),
     "first factor": lambda x, w, b: w.view(64, 32).view(32, 64) @ x.t(),
     "computed": lambda x, w, b: F.linear(x, w * 2),
-    "einsum": lambda x, w, b: torch.einsum("mk,nk->mn", x, w),
+    "einsum": lambda x, w, b: torch.einsum("mk,nk->nkm", x, w),
     "kernel of three": lambda x, w, b: F.conv1d(x[:, :32].t().unsqueeze(0), torch.stack([w[:, :32]] * 3, -1)),
     "stride": lambda x, w, b: F.conv1d(x.t().unsqueeze(0), w.unsqueeze(-1), stride=2),
     "bmm": lambda x, w, b: torch.bmm(x.unsqueeze(0), w.t().unsqueeze(0)),
@@ -139,7 +139,7 @@ beta: w (32, 64): addmm with beta or alpha other than 1
 matrix bias: w (32, 64): addmm whose first argument is not a bias vector
 first factor: w (32, 64): the parameter is the first factor of the product
 computed: w (32, 64): the weight is computed in the graph (mul)
-einsum: w (32, 64): einsum is no linear layer
+einsum: w (32, 64): einsum 'mk,nk->nkm' has a matrix for each k
 kernel of three: w (32, 64): a convolution whose weight is computed in the graph
 stride: w (32, 64): a convolution whose weight is computed in the graph
 bmm: w (32, 64): bmm is no linear layer""",
