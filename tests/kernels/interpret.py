@@ -80,7 +80,7 @@ def stacked(weight, given, ends, more, k, rows, by_row, parts):
     """Largest error of a grouped product over output that starts as NaN; ``more`` rows belong to nobody."""
     w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
     statements.scheme = w
-    m, n, experts = ends[-1] + more, 40, len(ends)
+    m, n, experts = ends[-1] + more, 24, len(ends)
     values = torch.randn(experts, n, k)
     q = quantize(values.abs() if w.fmt.lo == 0 and w.zero == "none" else values, w)
     flat = q.flatten() if w.scale is None else linear.flat_scales(q.flatten(), w, k)
@@ -113,7 +113,7 @@ def experts():
     rows = []
     for i, (weight, given) in enumerate(cases):
         for by_row in (False, True):
-            more, k, size = (0, 3, 20)[i % 3], (130, 256, 520)[i % 3], 1 if by_row and i % 2 else (16, 32, 16)[i % 3]
+            more, k, size = (0, 3, 20)[i % 3], (130, 256, 260)[i % 3], 1 if by_row and i % 2 else (16, 32, 16)[i % 3]
             rows.append([weight, given, by_row, stacked(weight, given, ENDS[i % 3], more, k, size, by_row, 2 if k == 256 else 1)])
     return rows
 
