@@ -102,7 +102,7 @@ def breakdown(case: Breakdown) -> dict[str, Any]:
     model = build(case.model, num_hidden_layers=case.layers)
     decoder = Decoder(model, case.batch, case.context)
     exact = decoder.once(model)
-    forward = compiled(model, case.recipe, case.head, **({} if case.recipe == "bf16" else EARLY))
+    forward = compiled(model, case.recipe, case.head, **EARLY)
     row = {
         "model": case.model,
         "layers": case.layers,

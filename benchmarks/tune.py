@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ GATED = ((28672, 4096), (16384, 2048))
 EVERYWHERE = ("W4A8", "W4A16", "W8A8")
 """Recipes that are tuned for all shapes, the others for the first."""
 ROTATE, COPIES, REPLAYS = 6, 4, 7
-TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
+TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT", "UNROLL")
 PARTS = ((8, 4), (16, 4), (16, 8), (32, 4), (32, 8), (16, 2), (32, 2))
 """BLOCK_N and the parts that K is cut in, a warp for each."""
@@ -118,10 +118,9 @@ def case(job: Job) -> Case:
 def source(job: Job) -> tuple[str, dict[str, str]]:
     """The kernel's text and the Triton dtype of each pointer."""
     c = case(job)
-    dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
     split = job.tile[2] > 1
     gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if job.gated else None
-    loop = stream.loop(c.input, c.weight, c.n, c.k, dot, split, job.m % job.tile[0] == 0, gate, stream.place(job.m, job.tile[0]), job.tile[6])
+    loop = stream.loop(c.input, c.weight, c.n, c.k, stream.operand(c), split, job.m % job.tile[0] == 0, gate, stream.place(job.m, job.tile[0]), job.tile[6])
     sample = quantize(torch.ones(16, job.k), c.weight).flatten()
     shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
     types = {"X": TYPES[c.dtype]}
@@ -139,17 +138,21 @@ def constants(job: Job) -> dict[str, int]:
 
 
 def compile_ahead(job: Job) -> tuple[Job, str]:
-    """In a process of the pool: into Triton's cache. Returns what went wrong, if anything."""
+    """In a process of the pool. Returns what went wrong, if anything."""
+    return job, warm(*source(job), constants(job))
+
+
+def warm(text: str, types: Mapping[str, str], given: Mapping[str, int]) -> str:
+    """Compile a kernel into Triton's cache; what went wrong, if anything."""
     from triton.runtime.jit import MockTensor
 
-    text, types = source(job)
-    names = {"i8": torch.int8, "u8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn}
+    names = {name: dtype for dtype, name in TYPES.items()}
     try:
         kernel = load(text)
-        kernel.warmup(*(MockTensor(names[types[a]]) for a in kernel.arg_names if a in types), grid=(1,), **constants(job))
+        kernel.warmup(*(MockTensor(names[types[a]]) for a in kernel.arg_names if a in types), grid=(1,), **given)
     except Exception as error:
-        return job, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200] if str(error).strip() else ''}"
-    return job, ""
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200] if str(error).strip() else ''}"
+    return ""
 
 
 class Problem:
@@ -273,14 +276,22 @@ def key_of(job: Job) -> Key:
 
 
 def write(path: Path, best: dict[Key, tuple[float, Tile]]) -> None:
-    """Rows of the table. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
-    rows = [
-        {"arithmetic": arithmetic(case(Job(*key[:4], tile)), key[4]), "size": list(key[1:4]), "tile": list(tile[: None if tile[6] > 1 else 6]), "us": round(us, 2)}
-        for key, (us, tile) in sorted(best.items())
-    ]
-    text = ",\n ".join(json.dumps(row) for row in rows)
+    """Rows of the table, before those of `tune_grouped.py`. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
+    rows = [row(arithmetic(case(Job(*key[:4], tile)), key[4]), key[1:4], tile, us) for key, (us, tile) in sorted(best.items())]
+    others = [old for old in json.loads(path.read_text())["rows"] if old["arithmetic"].endswith(", grouped")] if path.exists() else []
+    save(path, {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, [*rows, *others])
+
+
+def row(name: str, size: Sequence[int], tile: Tile, us: float) -> dict[str, Any]:
+    """One row of the table; parts are left out where there is one."""
+    return {"arithmetic": name, "size": list(size), "tile": list(tile[: None if tile[6] > 1 else 6]), "us": round(us, 2)}
+
+
+def save(path: Path, about: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table, a row a line."""
+    text = ",\n ".join(json.dumps(r) for r in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "torch": "{torch.__version__}", "rows": [\n {text}\n]}}\n')
+    path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n {text}\n]}}\n')
 
 
 if __name__ == "__main__":

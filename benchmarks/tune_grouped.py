@@ -21,7 +21,7 @@ import torch
 from cases import Moe
 from gpu_moe import COPIES, Grouped, inputs, truth
 from standalone import load, render
-from tune import OUT, PARTS, RECIPES, TYPES, graphed
+from tune import OUT, PARTS, RECIPES, TYPES, graphed, row, save, warm
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
@@ -69,10 +69,9 @@ def case(job: Job) -> Case:
 def source(job: Job) -> tuple[str, dict[str, str]]:
     """The kernel's text and the Triton dtype of each pointer."""
     c = case(job)
-    dot = "tl.bfloat16" if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
-    loop = stream.loop(c.input, c.weight, N, K, dot, False, place=grouped.PLACE, parts=job.tile[6])
+    loop = stream.loop(c.input, c.weight, N, K, stream.operand(c), False, place=grouped.PLACE, parts=job.tile[6])
     shapes: dict[str, tuple[int, ...]] = {"X": (c.m or 0, K), "INDEX": (EXPERTS,)}
-    types = {"X": TYPES[c.dtype], "INDEX": "i32"}
+    types = {"X": TYPES[c.dtype], "INDEX": TYPES[torch.int32]}
     for name, t in zip(("W", "S"), quantize(torch.ones(1, 16, K), c.weight).flatten()):
         shapes[name], types[name] = (EXPERTS, N, *t.shape[2:]), TYPES[t.dtype]
     if c.input is not None:
@@ -86,17 +85,8 @@ def constants(job: Job) -> dict[str, int]:
 
 
 def compile_ahead(job: Job) -> tuple[Job, str]:
-    """In a process of the pool: into Triton's cache. Returns what went wrong, if anything."""
-    from triton.runtime.jit import MockTensor
-
-    text, types = source(job)
-    names = {"i8": torch.int8, "u8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn, "i32": torch.int32}
-    try:
-        kernel = load(text)
-        kernel.warmup(*(MockTensor(names[types[a]]) for a in kernel.arg_names if a in types), grid=(1,), **constants(job))
-    except Exception as error:
-        return job, f"{type(error).__name__}: {str(error).strip()[-200:]}"
-    return job, ""
+    """In a process of the pool. Returns what went wrong, if anything."""
+    return job, warm(*source(job), constants(job))
 
 
 class Problem:
@@ -104,16 +94,16 @@ class Problem:
 
     def __init__(self, recipe: str, tokens: int) -> None:
         _, given = RECIPES[recipe]
-        row = Moe(recipe, tokens, 1.0, 8.0, experts=EXPERTS, n=N, k=K, top=TOP)
+        about = Moe(recipe, tokens, 1.0, 8.0, experts=EXPERTS, n=N, k=K, top=TOP)
         module = Grouped(EXPERTS, N, K).to("cuda", torch.bfloat16)
         torch.nn.init.normal_(module.weight, std=1 / 64)
         c = case(Job(recipe, tokens, (16, 16, 1, 1, 1, 1, 1)))
         first = quantize(module.weight.detach(), c.weight).flatten()
         self.weights = [first, *([t.clone() for t in first] for _ in range(COPIES - 1))]
-        rows = [inputs(row, seed, "cuda") for seed in range(COPIES)]
+        rows = [inputs(about, seed, "cuda") for seed in range(COPIES)]
         self.ends = [ends for _, ends in rows]
         self.given = [(x, []) if given is None else (lambda codes, scale: (codes, [scale]))(*quantize_activations(x, [], given)) for x, _ in rows]
-        self.truth = truth(row, module, rows[0])
+        self.truth = truth(about, module, rows[0])
 
     def microseconds(self, job: Job) -> float:
         """Median of one product; NaN where it is wrong."""
@@ -165,11 +155,9 @@ def write(path: Path, best: dict[tuple[str, int], tuple[float, Tile]]) -> None:
     """The rows of grouped products, behind the others of the table."""
     table: dict[str, Any] = json.loads(path.read_text())
     jobs = {key: Job(*key, tile) for key, (_, tile) in sorted(best.items())}
-    mine = [{"arithmetic": arithmetic(case(job), grouped=True), "size": [job.mean, N, K], "tile": list(job.tile[: None if job.tile[6] > 1 else 6]), "us": round(best[key][0], 2)} for key, job in jobs.items()]
-    replaced = {(row["arithmetic"], *row["size"]) for row in mine}
-    rows = [row for row in table.pop("rows") if (row["arithmetic"], *row["size"]) not in replaced] + mine
-    text = ",\n ".join(json.dumps(row) for row in rows)
-    path.write_text(f'{json.dumps(table)[:-1]}, "rows": [\n {text}\n]}}\n')
+    mine = [row(arithmetic(case(job), grouped=True), (job.mean, N, K), job.tile, best[key][0]) for key, job in jobs.items()]
+    replaced = {(r["arithmetic"], *r["size"]) for r in mine}
+    save(path, table, [*(r for r in table.pop("rows") if (r["arithmetic"], *r["size"]) not in replaced), *mine])
 
 
 if __name__ == "__main__":

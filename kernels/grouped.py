@@ -167,7 +167,7 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequ
 
 
 def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Any:
-    dot = tiles.triton_dtype(c.dtype) if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
+    dot = stream.operand(c)
     tile = tuned.grouped(c, by_row)
     parts = tile["PARTS"]
     body = lambda: stream.loop(c.input, c.weight, c.n, c.k, dot, False, place=PLACE, parts=parts)  # noqa: E731

@@ -114,7 +114,7 @@ def _gpu_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
 
 
 def _stream_lower(c: Case, x: Any, weight: Sequence[Any], scheme: str) -> Any:
-    return stream.lower(c, "linear", [x, *weight], scheme, tiles.triton_dtype(c.dtype), tuned.config(c))
+    return stream.lower(c, "linear", [x, *weight], scheme, tuned.config(c))
 
 
 def _many_rows(c: Case) -> Skip | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qcompile import compat
 from qcompile.core.errors import Skip, unknown
 
-from . import grouped, linear, scaled_linear, stream, tiles, tuned
+from . import grouped, linear, scaled_linear, stream, tuned
 from .op import FEW, Case, Kernel, Op, rows_of, target, two_dimensional
 
 
@@ -126,8 +126,7 @@ def supports(c: Case) -> Skip | None:
 def gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str, activation: str, gate_first: bool) -> Any:
     """Inductor's node: (M, I) float32."""
     gate = stream.Gate(activation, known(activation).text, gate_first)
-    dot = tiles.triton_dtype(c.dtype) if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
-    return stream.lower(c, "linear_glu", [x, *weight, *x_scale[:1]], scheme, dot, tuned.gated(c), gate)
+    return stream.lower(c, "linear_glu", [x, *weight, *x_scale[:1]], scheme, tuned.gated(c), gate)
 
 
 def _always(c: Case) -> Skip | None:

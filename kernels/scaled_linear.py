@@ -147,9 +147,7 @@ def _many_rows(c: Case) -> Skip | None:
 
 
 def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str) -> Any:
-    assert c.input is not None
-    dot = "tl.int8" if c.input.fmt.kind == "int" else "fp8"
-    return stream.lower(c, "scaled_linear", [x, *weight, x_scale[0]], scheme, dot, tuned.config(c))
+    return stream.lower(c, "scaled_linear", [x, *weight, x_scale[0]], scheme, tuned.config(c))
 
 
 def _cpu_supports(c: Case) -> Skip | None:

@@ -93,11 +93,7 @@ class Place:
 
 
 DENSE = Place(tiles.SWIZZLE.strip("\n"), "pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M")
-ONE = Place("""\
-    pid_m = 0
-    pid_n = pid
-    rm = (tl.arange(0, BLOCK_M) % M).to(tl.int64)
-    rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)""", "tl.arange(0, BLOCK_M) < M")
+ONE = Place(f"    pid_m = 0\n    pid_n = pid\n{tiles.ROWS.rstrip()}", DENSE.live)
 """All rows of activations are in every tile: nothing to divide by before the first load."""
 
 
@@ -295,9 +291,14 @@ def split_grid(s: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tu
     return grid(m, n, meta, cdiv=cdiv)
 
 
-def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, dot: str, config: dict[str, int], gate: Gate | None = None) -> Any:
+def operand(c: Case) -> str:
+    """The dtype that a case's dots take, as ``loop`` names it."""
+    return tiles.triton_dtype(c.dtype) if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
+
+
+def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, config: dict[str, int], gate: Gate | None = None) -> Any:
     """Inductor's node: (M, N) float32, N half of the weight's rows where it is gated. ``inputs`` begin with x."""
-    split = config["SPLIT"] > 1
+    split, dot = config["SPLIT"] > 1, operand(c)
     m = compat.sizes(inputs[0])[0]
     rows = compat.static_int(m)
     whole = rows is not None and rows % config["BLOCK_M"] == 0

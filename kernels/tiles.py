@@ -116,6 +116,11 @@ class Loop:
         return f"\n{{{{def_kernel({names})}}}}\n{header.strip(chr(10))}\n{strides}{self.text}{footer}"
 
 
+ROWS = """\
+    rm = ((pid_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
+    rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+"""
+
 SWIZZLE = """
     grid_m = (M + BLOCK_M - 1) // BLOCK_M
     grid_n = (N + BLOCK_N - 1) // BLOCK_N
@@ -125,9 +130,7 @@ SWIZZLE = """
     group_size = min(grid_m - group_id * GROUP_M, GROUP_M)
     pid_m = group_id * GROUP_M + (pid % group_size)
     pid_n = (pid % width) // group_size
-    rm = ((pid_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
-    rn = ((pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
-"""
+""" + ROWS
 
 SIZES = """
     M = {{size("X", 0)}}

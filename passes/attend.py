@@ -23,7 +23,7 @@ from qcompile.kernels.attention import MOST
 from qcompile.kernels.op import target
 
 from .constant import constant, is_causal
-from .infra import graph_pass
+from .infra import erase_unread, graph_pass
 from .sites import example
 
 SDPA = F.scaled_dot_product_attention
@@ -68,21 +68,13 @@ def _prompt(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, bool]) -> bool:
         given |= {"key": k, "value": v, "enable_gqa": True}
     node.args, node.kwargs = (), {**given, "attn_mask": None, "is_causal": True}
     for repeated in (key, value):
-        _drop(graph, repeated)
+        erase_unread(graph, repeated)
     return True
 
 
 def shares_keys(x: Tensor) -> bool:
     """Whether torch's fast kernels for queries like ``x`` take keys of fewer heads: those of GPUs, of 16 bits. The others would compute scores and their softmax one after the other."""
     return x.device.type == "cuda" and x.dtype.itemsize == 2
-
-
-def _drop(graph: fx.Graph, x: fx.Node) -> None:
-    """Erase a repetition that nothing reads any more."""
-    while not x.users and x.op != "placeholder":
-        gone = x
-        x = x.args[0]  # type: ignore[assignment]
-        graph.erase_node(gone)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
@@ -118,7 +110,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     for x in (key, value):
-        _drop(graph, x)
+        erase_unread(graph, x)
     return None
 
 

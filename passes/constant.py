@@ -11,6 +11,8 @@ from torch import Tensor, fx
 
 from qcompile import compat
 
+from .infra import target_name
+
 LARGEST = 2**26
 """Elements of the largest value that is computed."""
 UNSURE = ("rand", "dropout", "bernoulli", "normal", "multinomial", "empty", "exponential", "poisson")
@@ -65,16 +67,12 @@ def _needed(node: fx.Node) -> list[fx.Node] | None:
 
 def _in_place(target: str | Callable[..., Any]) -> bool:
     """By its name: ``add_``, but not ``operator.and_``."""
-    name = _name(target)
+    name = target_name(target)
     return target is operator.setitem or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_"))
 
 
-def _name(target: str | Callable[..., Any]) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
-
-
 def _unsure(target: str | Callable[..., Any]) -> bool:
-    return _in_place(target) or any(part in _name(target) for part in UNSURE) or any(part in str(getattr(target, "__module__", "")) for part in LEVELS)
+    return _in_place(target) or any(part in target_name(target) for part in UNSURE) or any(part in str(getattr(target, "__module__", "")) for part in LEVELS)
 
 
 def _writes(user: fx.Node, node: fx.Node) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qcompile.core.errors import Skip
 
-from .sites import example
+from .sites import call_method, example
 
 LINEAR = torch.nn.functional.linear
 
@@ -62,35 +61,19 @@ def expand(graph: fx.Graph, node: fx.Node, x_first: bool, x: fx.Node, weight: fx
         return found
     if not all(isinstance(v, Tensor) for v in (value, xv, wv)) or xv.dim() != len(found.x):
         return Skip("einsum of what is no tensor")
-    labels = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")[1 if x_first else 0]
-    sizes = dict(zip(labels, wv.shape, strict=True))
-    matrix, wanted = weight, wv
+    matrix = weight
     for step in found.steps:
-        wanted = wanted.transpose(-1, -2) if step == "t" else wanted.flatten(1) if step == "flat" else wanted.flatten(0, -2)
-        matrix = graph.call_method("t" if step == "t" else "flatten", (matrix,) if step == "t" else (matrix, 1) if step == "flat" else (matrix, 0, -2))
-        matrix.meta["example_value"] = wanted
+        matrix = call_method(graph, "t", matrix) if step == "t" else call_method(graph, "flatten", matrix, *((1,) if step == "flat" else (0, -2)))
     order = [found.x.index(c) for c in found.rows + found.columns]
-    rows, read = x, xv
-    if order != sorted(order):
-        read = read.permute(order)
-        rows = _call(graph, "permute", read, rows, *order)
+    rows = x if order == sorted(order) else call_method(graph, "permute", x, *order)
     if len(found.columns) > 1:
-        read = read.flatten(len(found.rows))
-        rows = _call(graph, "flatten", read, rows, len(found.rows))
+        rows = call_method(graph, "flatten", rows, len(found.rows))
     place = [(found.rows + found.outputs).index(c) for c in found.out]
-    apart = value.permute([found.out.index(c) for c in found.rows + found.outputs])
-    y = graph.call_function(LINEAR, (rows, matrix, None))
-    y.meta = {**node.meta, "example_value": apart.flatten(len(found.rows))}
-    back = y
+    back = y = graph.call_function(LINEAR, (rows, matrix, None))
+    y.meta = {**node.meta, "example_value": value.permute([found.out.index(c) for c in found.rows + found.outputs]).flatten(len(found.rows))}
     if len(found.outputs) > 1:
-        back = _call(graph, "unflatten", apart, back, -1, tuple(int(sizes[c]) for c in found.outputs))
+        back = call_method(graph, "unflatten", back, -1, tuple(int(value.shape[found.out.index(c)]) for c in found.outputs))
     if place != sorted(place):
-        back = _call(graph, "permute", value, back, *place)
-        back = _call(graph, "contiguous", value, back) if value.is_contiguous() else back  # views behind it were traced for that
+        back = call_method(graph, "permute", back, *place)
+        back = call_method(graph, "contiguous", back) if value.is_contiguous() else back  # views behind it were traced for that
     return y, back
-
-
-def _call(graph: fx.Graph, method: str, value: Tensor, node: fx.Node, *args: Any) -> fx.Node:
-    made = graph.call_method(method, (node, *args))
-    made.meta["example_value"] = value
-    return made

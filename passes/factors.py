@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.kernels.op import NAMESPACE
-
-from .infra import graph_pass
+from .infra import erase_unread, graph_pass
+from .narrow import is_product
 from .sites import example
 
 VIEWS = (torch.narrow, "narrow", "new_ones", torch.cat)
@@ -22,7 +21,7 @@ def factors(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every merged product some of whose columns a vector multiplies."""
     done = 0
     for product in list(gm.graph.nodes):
-        if isinstance(product.target, torch._ops.OpOverload) and product.target.namespace == NAMESPACE and len(product.users) == 1:
+        if is_product(product, ("linear", "scaled_linear")) and len(product.users) == 1:
             (whole,) = product.users
             if whole.target == "to" and all(user.target is torch.narrow and user.args[0] is whole for user in whole.users) and _hoist(gm.graph, product, whole):
                 done += 1
@@ -54,17 +53,8 @@ def _hoist(graph: fx.Graph, product: fx.Node, whole: fx.Node) -> bool:
         replaced[-1].replace_all_uses_with(part)
         for node in reversed(replaced):
             graph.erase_node(node)
-        _erase(graph, once)
+        erase_unread(graph, once)
     return True
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """A vector's nodes, where nothing reads them any more."""
-    if node.op != "placeholder" and not node.users:
-        inputs = node.all_input_nodes
-        graph.erase_node(node)
-        for n in inputs:
-            _erase(graph, n)
 
 
 def _width(part: fx.Node) -> int:

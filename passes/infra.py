@@ -139,6 +139,15 @@ def text(gm: fx.GraphModule) -> str:
     return "\n".join([f"inputs: {', '.join(inputs)}", *lines])
 
 
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase ``node``, and what it is made of, as far as nothing reads it."""
+    if node.op != "placeholder" and not node.users:
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        for n in inputs:
+            erase_unread(graph, n)
+
+
 def target_name(target: Any) -> str:
     """A short name for what a node calls."""
     if isinstance(target, torch._ops.OpOverload):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +21,7 @@ from . import experts
 from .channels import ADD, POSITIVE, VIEW, Map, carry, channels, is_vector, maps_of, narrowed, obstacle, operands, uses, vectors
 from .infra import target_name
 from .observe import input_of
-from .sites import Site, example
+from .sites import Site, call_method, example
 
 Kind = Literal["norm", "rows", "multiply"]
 RUNS = 256
@@ -101,7 +101,7 @@ def _multiply(graph: fx.Graph, readers: list[fx.Node], vector: fx.Node) -> None:
     x = input_of(readers[0])
     with graph.inserting_before(next(node for node in graph.nodes if node in readers)):
         if _by_column(readers[0]):
-            vector = _call(graph, "unsqueeze", vector, -1)
+            vector = call_method(graph, "unsqueeze", vector, -1)
         product = _product(graph, x, vector)
     for reader in readers:
         reader.replace_input_with(x, product)
@@ -268,7 +268,7 @@ def _by_row(graph: fx.Graph, vector: fx.Node, index: tuple[int, ...], n: int) ->
     runs = _runs(index, n)
     if runs == [(0, len(index))]:
         return vector
-    pieces = [_call(graph, "narrow", vector, 0, first, length) if first >= 0 else _call(graph, "new_ones", vector, (length,)) for first, length in runs]
+    pieces = [call_method(graph, "narrow", vector, 0, first, length) if first >= 0 else call_method(graph, "new_ones", vector, (length,)) for first, length in runs]
     node = graph.call_function(torch.cat, (pieces,))
     node.meta["example_value"] = torch.cat([example(p) for p in pieces])
     return node
@@ -279,10 +279,4 @@ def _product(graph: fx.Graph, node: fx.Node, vector: fx.Node) -> fx.Node:
     product = graph.call_function(torch.mul, (node, vector))
     value, dtype = example(node), torch.promote_types(example(node).dtype, example(vector).dtype)
     product.meta["example_value"] = value.to(dtype)  # not computed: the two may be fake tensors of different modes
-    return product if dtype == value.dtype else _call(graph, "to", product, value.dtype)
-
-
-def _call(graph: fx.Graph, method: str, node: fx.Node, *args: Any) -> fx.Node:
-    made = graph.call_method(method, (node, *args))
-    made.meta["example_value"] = getattr(example(node), method)(*args)
-    return made
+    return product if dtype == value.dtype else call_method(graph, "to", product, value.dtype)

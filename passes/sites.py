@@ -98,6 +98,13 @@ def shape_of(parameter: Tensor, how: str) -> tuple[int, ...]:
     return tuple(view(torch.empty(parameter.shape, device="meta"), how).shape)
 
 
+def call_method(graph: fx.Graph, method: str, node: fx.Node, *args: Any) -> fx.Node:
+    """``node.method(*args)`` with its example value."""
+    made = graph.call_method(method, (node, *args))
+    made.meta["example_value"] = getattr(example(node), method)(*args)
+    return made
+
+
 def is_transpose(node: fx.Node) -> bool:
     """The node swaps the last two axes of its input (the only two, for ``t`` and ``T``)."""
     value = example(node.args[0]) if node.args else None

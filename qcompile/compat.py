@@ -43,11 +43,12 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, An
     from torch._inductor.decomposition import select_decomp_table
 
     flush_lowerings()
-    table = _Decompositions({**select_decomp_table(), **decompositions}) if decompositions else None
-    if decompositions and torch.__version__.startswith("2.12."):  # it makes a local function of a table that it is given, which no cache can pickle; ours are of our own ops
+    table = None
+    if decompositions and not torch.__version__.startswith("2.12."):
+        table = _Decompositions({**select_decomp_table(), **decompositions})
+    elif decompositions and not decompositions.keys() <= select_decomp_table().keys():  # 2.12 makes a local function of a table that it is given, which no cache can pickle; ours are of our own ops
         torch._inductor.decomposition.decompositions.update(decompositions)
         torch._inductor.decomposition.fast_random_decomps.cache_clear()
-        table = None
     with whole_rows():
         compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches), decompositions=table)
     return compiled
