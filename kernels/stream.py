@@ -8,6 +8,8 @@ get a first axis, a warp works on each part (``tl.dot`` takes it as a batch), an
 
 A *gated* loop (``kernels/linear_glu.py``) has two sums: rows ``rn`` of the weight and the rows as far behind them as half of all, which meet the same tile of activations. What has two of
 everything, tiles of weights, scales, sums, is named with the endings ``GATED``.
+
+A loop with columns *beside* it (``kernels/split_linear.py``) adds a second product to its sums, of some 16-bit columns of the activations and of the weight, which it gathers.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from qcompile.core.layouts import BLOCK
 from qcompile.core.scheme import GROUPS, Scheme
 
 from . import decode, tiles
+from .beside import CHUNK, Beside
 from .op import Case
 from .tiles import SUB
 
@@ -111,22 +114,23 @@ class Gate:
     first: bool = True
 
 
-def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None, place: Place = DENSE, parts: int = 1) -> tiles.Loop:
+def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None, place: Place = DENSE, parts: int = 1, beside: Beside | None = None) -> tiles.Loop:
     """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32. ``n``: rows of the weight, both halves where it is gated.
 
     ``whole``: every row of every tile is one of M. Rows that are not are masked: read from elsewhere, a single row of activations would be asked for sixteen times by every program.
     ``parts`` cut K, which is a multiple of 128 times as many, inside a program.
     """
-    return _Text(x, w, n, k, dot, split, whole, gate, place, parts).loop()
+    return _Text(x, w, n, k, dot, split, whole, gate, place, parts, beside).loop()
 
 
 class _Text:
     """The statements of one loop. A *piece* is what one dot takes: (columns, where they start in the step); pieces between two scales share a sum."""
 
-    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None, place: Place, parts: int) -> None:
+    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None, place: Place, parts: int, beside: Beside | None) -> None:
         assert gate is None or not split, "parts of sums cannot be added up before the activation"
         assert parts == 1 or (not split and k % (BLOCK * parts) == 0), f"{k} columns are not {parts} parts of whole blocks"
         self.x, self.w, self.n, self.k, self.dot, self.split, self.whole, self.gate, self.place, self.parts = x, w, n, k, dot, split, whole, gate, place, parts
+        self.beside = beside
         self.span = k // parts
         self.sums = PLAIN if gate is None else GATED
         self.integer = dot == "tl.int8"
@@ -145,7 +149,8 @@ class _Text:
         if self.by_group:
             step += self._fetch(f"k + {BLOCK}")
         live = [] if self.whole else [f"    live = ({self.place.live}){'[:, None]' if self.parts == 1 else '[None, :, None]'}"]
-        lines = [*self._range(), *live, f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})", *self._places()]
+        early, late = self._beside()
+        lines = [*self._range(), *early, *live, f"    column = tl.arange(0, {SUB})", f"    wide = tl.arange(0, {BLOCK})", *self._places()]
         kind = "tl.float32" if self.by_group else self.out
         shape = f"({'' if self.parts == 1 else f'{self.parts}, '}BLOCK_N, BLOCK_M)"
         lines += [f"    acc{u} = tl.zeros({shape}, dtype={kind})" for u in self.sums]
@@ -156,8 +161,8 @@ class _Text:
         lines += [f"    for k in tl.range(start, stop, {BLOCK}, loop_unroll_factor=UNROLL):", tiles.block("\n".join(step), 2)]
         if self.parts > 1:
             lines += [f"    acc{u} = tl.sum(acc{u}, 0)" for u in self.sums]
-        lines += [*self._scaled(), "    acc = tl.trans(acc)"]
-        pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",))
+        lines += [*self._scaled(), *late, "    acc = tl.trans(acc)"]
+        pointers = (() if self.w.scale is None else ("SS",)) + (() if self.w.zero == "none" else ("Z",)) + (() if self.x is None else ("SX",)) + (() if self.beside is None else self.beside.pointers)
         return tiles.Loop(pointers, "\n".join(lines))
 
     def _index(self, name: str, columns: str, u: str) -> str:
@@ -263,6 +268,18 @@ class _Text:
             lines += [f"    acc{u} = acc{u} * {factor}" for factor in self._factors(u)]
         return lines if self.gate is None else [*lines, f"    acc = ({self.gate.text}) * acc_up"]
 
+    def _beside(self) -> tuple[list[str], list[str]]:
+        """Statements before the loop, and behind the scales: with few rows the columns are asked for first, since a load behind the loop would be waited for."""
+        if self.beside is None:
+            return [], []
+        early = [f"    {line}" for line in self.beside.strides()]
+        late: list[str] = []
+        for c in range(0, self.beside.columns, CHUNK):
+            few = self.place is ONE and c < 2 * CHUNK
+            (early if few else late).extend(f"    {line}" for line in self.beside.loads(self.place.live, self.split, c))
+            late.append(f"    acc = tl.dot(w16_{c}, tl.trans(x16_{c}), acc)")
+        return early, late
+
     def _factors(self, u: str) -> list[str]:
         factors = [] if self.by_group else [f"tl.load({tiles.group_index(self.w, self.n, self.k, 'S', '0', f'rn{u}')}).to(tl.float32)[:, None]"]
         if self.w.scale is not None:
@@ -296,8 +313,8 @@ def operand(c: Case) -> str:
     return tiles.triton_dtype(c.dtype) if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
 
 
-def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, config: dict[str, int], gate: Gate | None = None) -> Any:
-    """Inductor's node: (M, N) float32, N half of the weight's rows where it is gated. ``inputs`` begin with x."""
+def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, config: dict[str, int], gate: Gate | None = None, beside: Beside | None = None) -> Any:
+    """Inductor's node: (M, N) float32, N half of the weight's rows where it is gated. ``inputs`` begin with x, and end with what stands beside the loop."""
     split, dot = config["SPLIT"] > 1, operand(c)
     m = compat.sizes(inputs[0])[0]
     rows = compat.static_int(m)
@@ -305,8 +322,10 @@ def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, config: dict[str
     about = (gate.name, "" if gate.first else "up first") if gate is not None else ()
     parts, where = config["PARTS"], place(rows, config["BLOCK_M"])
     name = tiles.template_name(op, "stream", "one" if where is ONE else "", "split" if split else "", f"parts {parts}" if parts > 1 else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot, *about)
+    if beside is not None:
+        name += f"_{beside.name}"
     header, footer = HEADER if gate is None else GATED_HEADER, SPLIT_FOOTER if split else tiles.FOOTER
-    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate, where, parts).kernel(header, footer)  # noqa: E731
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate, where, parts, beside).kernel(header, footer)  # noqa: E731
     if not split:
         return compat.lower_template(name, source, inputs, (m, c.n if gate is None else c.n // 2), [config], grid)
     return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))

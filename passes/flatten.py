@@ -18,7 +18,7 @@ from .narrow import is_product, narrow
 
 VIEW = torch.ops.aten.view.default
 RESHAPES = (VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-OURS = ("linear", "scaled_linear", "linear_glu")
+OURS = ("linear", "scaled_linear", "linear_glu", "split_linear")
 
 
 def flatten(graph: fx.Graph) -> None:

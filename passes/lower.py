@@ -82,10 +82,7 @@ class Builder:
         assert isinstance(x, fx.Node)
         x = cast_to(graph, x, example(node).dtype)
         split = self._split(graph, x, site, choice)
-        dense = split.dense if split is not None else x
-        out = y = self._product(graph, dense, site, choice, weight)
-        if split is not None:
-            out = graph.call_function(torch.add, (out, outliers.product(graph, self._columns(split, node, site, choice, weight), split)))
+        out = y = self._product(graph, x, site, choice, weight) if split is None else self._beside(graph, split, node, site, choice, weight)
         if bias is not None:
             out = graph.call_function(torch.add, (out, bias))
         if choice.corrected:
@@ -131,18 +128,27 @@ class Builder:
                 self._splits[key] = outliers.given(graph, x, *(self._slot(what, first, theirs) for what in ("mask", "outliers")))
         return self._splits[key]
 
-    def _columns(self, split: outliers.Split, node: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
-        """(N, C): what multiplies the outlier columns. Static ones were kept; dynamic ones are those of the 16-bit weight, or are read off the codes."""
+    def _beside(self, graph: fx.Graph, split: outliers.Split, node: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
+        """(..., N) float32, the outlier columns in 16 bits."""
+        x, scale = split.dense, []
+        if choice.input is not None:
+            x, *scale = self._quantize(graph, split.dense, site, choice)
+        columns, gather = self._columns(split, node, site, choice, weight)
+        return graph.call_function(target("split_linear"), (x, scale, weight, split.x, columns, split.index, True, gather, spelled(choice)))
+
+    def _columns(self, split: outliers.Split, node: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> tuple[fx.Node, bool]:
+        """What multiplies the outlier columns, and whether they have to be gathered. Static ones were kept; dynamic ones are those of the 16-bit weight (N, K), or are read off the codes."""
         how, graph = outliers.dynamic(choice), self.gm.graph
         if how is None:
-            return self._slot("columns", site, choice)
+            return self._slot("columns", site, choice), False
+        if not how.codes and not choice.smooth:
+            return node.args[1], True  # type: ignore[return-value]
+        index = graph.call_function(torch.clamp, (split.index, 0))
         if how.codes:
-            return graph.call_function(target("columns"), (weight, split.index, str(choice.weight), site.k))
-        columns = graph.call_function(torch.index_select, (node.args[1], -1, split.index))
-        if choice.smooth:  # x was divided by s, so that these columns are multiplied by it
-            inverse = graph.call_function(torch.index_select, (self._slot("smooth", *leader(self.gm, site, choice)), 0, split.index))
-            columns = graph.call_function(torch.div, (columns, inverse))
-        return columns
+            return graph.call_function(target("columns"), (weight, index, str(choice.weight), site.k)), False
+        columns = graph.call_function(torch.index_select, (node.args[1], -1, index))
+        inverse = graph.call_function(torch.index_select, (self._slot("smooth", *leader(self.gm, site, choice)), 0, index))
+        return graph.call_function(torch.div, (columns, inverse)), False  # x was divided by s, so that these columns are multiplied by it
 
     def _grouped(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, product: experts.Experts, weight: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
         """Rows to (S, K), the product, and back to the shape that the node had."""

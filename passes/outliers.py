@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from qcompile.core.recipe import Choice
 from qcompile.core.stats import Stats
+from qcompile.kernels.op import target
 
 from .sites import example
 
@@ -25,10 +26,10 @@ THRESHOLD = 6.0
 
 @dataclass(frozen=True)
 class Split:
-    """Nodes: ``dense`` is x with zeros in the outlier columns, ``kept`` (..., C) the outlier columns, ``index`` (C,) which they are."""
+    """Nodes: ``dense`` is ``x`` with zeros in the outlier columns, ``index`` (C,) which they are; -1 is none."""
 
     dense: fx.Node
-    kept: fx.Node
+    x: fx.Node
     index: fx.Node
 
 
@@ -66,39 +67,19 @@ def dynamic(choice: Choice) -> Dynamic | None:
 
 def given(graph: fx.Graph, x: fx.Node, mask: fx.Node, index: fx.Node) -> Split:
     """The split at columns that calibration chose."""
-    dense = _multiply(graph, x, graph.call_method("to", (mask, example(x).dtype)))
-    return Split(dense, graph.call_function(torch.index_select, (x, -1, index)), index)
+    dense = graph.call_function(torch.mul, (x, graph.call_method("to", (mask, example(x).dtype))))
+    dense.meta["example_value"] = example(x)
+    return Split(dense, x, index)
 
 
 def find(graph: fx.Graph, x: fx.Node, how: Dynamic, missed: fx.Node) -> Split:
-    """The split at this call's largest columns: top-k by magnitude, then masked by the threshold. ``missed`` counts calls in which one more column passed it."""
+    """The split at this call's largest columns. ``missed`` counts calls in which one more column passed the threshold."""
     k = int(example(x).shape[-1])
     count = min(how.columns, k)
-    flat = graph.call_method("reshape", (graph.call_function(torch.abs, (x,)), -1, k))
-    peak = graph.call_function(torch.amax, (flat, 0))
-    top = graph.call_function(torch.topk, (peak, min(count + 1, k)))
-    values, index = (graph.call_function(getattr, (top, name)) for name in ("values", "indices"))
-    if count < k:
-        over = graph.call_function(torch.ge, (graph.call_method("narrow", (values, 0, count, 1)), how.threshold))
-        graph.call_method("add_", (missed, over))
-        values, index = (graph.call_method("narrow", (node, 0, 0, count)) for node in (values, index))
-    keep = graph.call_function(torch.ge, (values, how.threshold))
-    weight = graph.call_method("to", (keep, example(x).dtype))
-    kept = graph.call_function(torch.mul, (graph.call_function(torch.index_select, (x, -1, index)), weight))
-    rest = graph.call_function(torch.rsub, (weight, 1))
-    ones = graph.call_function(torch.ones_like, (peak,))
-    mask = graph.call_method("index_copy", (ones, 0, index, rest))
-    return Split(_multiply(graph, x, mask), kept, index)
-
-
-def product(graph: fx.Graph, weight: fx.Node, split: Split) -> fx.Node:
-    """``x_o @ w_o.T`` in float32, with the factors in x's dtype."""
-    kept = split.kept
-    w = graph.call_method("to", (weight, graph.call_function(getattr, (kept, "dtype"))))
-    return graph.call_method("float", (graph.call_function(torch.nn.functional.linear, (kept, w)),))
-
-
-def _multiply(graph: fx.Graph, x: fx.Node, by: fx.Node) -> fx.Node:
-    out = graph.call_function(torch.mul, (x, by))
-    out.meta["example_value"] = example(x)
-    return out
+    found = graph.call_function(target("outlier_columns"), (x, count, how.threshold))
+    more = graph.call_function(torch.gt, (graph.call_function(torch.narrow, (found, 0, k + count, 1)), 0))
+    graph.call_method("add_", (missed, more))
+    others = graph.call_function(torch.ne, (graph.call_function(torch.narrow, (found, 0, 0, k)), 0))
+    dense = graph.call_function(torch.where, (others, x, 0))
+    dense.meta["example_value"] = example(x)
+    return Split(dense, x, graph.call_function(torch.narrow, (found, 0, k, count)))

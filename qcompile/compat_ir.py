@@ -93,9 +93,9 @@ def _early(source: str) -> str:
 
 
 def lower_template(
-    name: str, source: Callable[[], str], inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, float]], grid: Callable[..., Any] | None = None, strided: bool = False
+    name: str, source: Callable[[], str], inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, float]], grid: Callable[..., Any] | None = None, strided: bool = False, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """One TritonTemplate call with float32 output of ``size``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
+    """One TritonTemplate call with output of ``size`` in ``dtype``. With a single config Inductor neither benchmarks nor refuses to fuse epilogues.
 
     ``grid(*size, meta, cdiv)`` gives the number of programs; the default is one for each BLOCK_M x BLOCK_N tile. ``strided``: the template reads any strides but the last, which is 1;
     other inputs are made contiguous.
@@ -110,7 +110,7 @@ def lower_template(
         _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=_early(source()) if early else source())
     nodes = [ir.ExternKernel.realize_input(node) for node in inputs]
     nodes = [node if strided and static_int(node.get_stride()[-1]) == 1 else ir.ExternKernel.require_contiguous(node) for node in nodes]
-    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, list(size))  # type: ignore[arg-type]
+    layout = ir.FixedLayout(nodes[0].get_device(), dtype, list(size))  # type: ignore[arg-type]
     choices: list[Any] = []
     for config in configs:
         more: dict[str, Any] = {"triton_meta": {"launch_pdl": True}} if early else {}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import qcompile
 from qcompile import RECIPES
 from qcompile.core.qtensor import dequantize, quantize
 from qcompile.core.scheme import Scheme
@@ -82,3 +83,34 @@ def check(weight, given, shape, dtype, rows, options):
             y = fast(x)
             assert y.dtype == dtype and y.shape == (m, n)
             assert error(y, reference(layer, x, weight, given, scale)) < TOLERANCE[dtype], (m, n, k)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("n", "k"), [(1024, 512), (333, 200), (4096, 4096)])
+def test_splits(n: int, k: int, dynamic: bool) -> None:
+    """LLM.int8()'s two products in one kernel, at ugly sizes, against float64 on the same quantized values; over poisoned memory, the same bits twice."""
+    torch.manual_seed(0)
+    layer = nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
+    large = torch.randperm(k, device="cuda")[:20]
+    how = "outliers(dynamic=32)" if dynamic else "outliers(columns=20)"
+    for rows in (1, 3, 16, 63, 64, 257, 2048):
+        torch._dynamo.reset()
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16).clamp(-4, 4)
+        x[:, large] = 20 + x[:, large].abs()
+        fast = torch.compile(layer, backend="qcompile", dynamic=False, options={"recipe": "W8A8", "passes": [how]})
+        if not dynamic:
+            with qcompile.calibrate(fast, progress=False):
+                fast(x)
+        with torch.no_grad():
+            fast(x)
+            torch.full((64 << 20,), float("nan"), device="cuda")
+            y = fast(x)
+            assert torch.equal(y, fast(x))
+        dense, w = x.clone(), layer.weight.detach().clone()
+        dense[:, large] = 0
+        if not dynamic:
+            w[:, large] = 0
+        codes, scale = quantize_activations(dense, [], "int8.row")
+        weight = dequantize(quantize(w, Scheme.parse("int8.row")), torch.float64)
+        exact = (codes.double() * scale.double()) @ weight.T + x[:, large].double() @ layer.weight[:, large].double().T + layer.bias.double()
+        assert float((y.double() - exact).norm() / exact.norm()) < 5e-3, rows

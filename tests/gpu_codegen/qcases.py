@@ -324,3 +324,14 @@ def optimizer() -> Parts:
         "inductor", lambda param, grad, *values: whole(param, grad, dict(zip(state, values)), Rates(1e-3, 0.9, 0.95, 1e-8, 0.01, False)), [p.detach(), bf16(300), *state.values()]
     )
     return {"step": (parse(made.sources), {})}
+
+
+def splits() -> Parts:
+    """LLM.int8()'s split of a linear of an 8B model, static and dynamic, with one row, few and many."""
+    parts: Parts = {}
+    layer = nn.Linear(2048, 6144, bias=False).to(torch.bfloat16)
+    for rows in (1, 64, 300):
+        torch._dynamo.reset()
+        options = {f"static {rows}": {"recipe": "W8A8", "passes": ["outliers(columns=40)"]}, f"dynamic {rows}": {"recipe": "LLM_INT8"}}
+        parts |= quantized(layer, [bf16(rows, 2048)], options)
+    return parts

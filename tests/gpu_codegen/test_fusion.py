@@ -348,3 +348,19 @@ def test_codebooks_are_read_in_the_kernel_that_dequantizes(qcase: QCase, rows: i
     assert stored(first) == ["bf16"] and re.findall(r"'in_ptr\d+': '\*(\w+)'", first["source"]) == ["u8", "fp32", "bf16"]
     assert len([k for k in kinds(part) if "mm" in k]) == 1 and kinds(part)[0] == "poi"
     compiled(part)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 300])
+def test_a_split_is_part_of_the_product(qcase: QCase, rows: int) -> None:
+    """Static: the kernel that quantizes, which leaves the outliers out, and the product, which gathers them; with many rows they are gathered once. Dynamic: one program that finds them before (with
+    more rows their maxima first, in one step or two), and a count behind it; with more rows than 64 the weight's columns are gathered once, too."""
+    parts = qcase("splits")
+    static, dynamic = parts[f"static {rows}"], parts[f"dynamic {rows}"]
+    assert kinds(static) == (["per", "tem"] if rows == 1 else ["per", "poi", "tem"]), static["calls"]
+    names = kinds(dynamic)
+    assert names.count("tem") == 2 and not [name for name in names if "extern" in name]
+    assert len(names) == {1: 4, 64: 6, 300: 8}[rows], dynamic["calls"]
+    assert f"stride_w16n + {'index' if rows <= 64 else 'beside'}[None, :]" in templates(dynamic)[-1]["source"]
+    for part in (static, dynamic):
+        assert "tl.dot(w16_0" in templates(part)[-1]["source"]
+        compiled(part)

@@ -1,5 +1,5 @@
 """Runs streamed products in Triton's interpreter, in a process of its own (the variable must be set before Triton is imported): prints the largest error of each case. With the argument
-"gated" it runs gated ones, with "grouped" those of stacked experts, with "parts" those that cut K inside a program.
+"gated" it runs gated ones, with "grouped" those of stacked experts, with "parts" those that cut K inside a program, with "beside" those with 16-bit columns beside.
 
 The interpreter has no inline PTX, so each decoder is replaced by Triton statements of the same meaning; `test_decode.py` runs the PTX itself. It has no bfloat16 dot either: float16 and int8.
 """
@@ -17,7 +17,8 @@ from standalone import load, render
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
-from qcompile.kernels import decode, grouped, linear, linear_glu, scaled_linear, stream, tiles
+from qcompile.kernels import decode, grouped, linear, linear_glu, scaled_linear, split_linear, stream, tiles
+from qcompile.kernels.beside import Beside
 from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
 
@@ -43,7 +44,7 @@ def statements(self, source, *names):
     return "\n".join(lines)
 
 
-def check(weight, given, m, n, k, tile, gate=None, parts=1):
+def check(weight, given, m, n, k, tile, gate=None, parts=1, beside=None):
     w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
     statements.scheme = w
     width = n if gate is None else 2 * n
@@ -52,7 +53,7 @@ def check(weight, given, m, n, k, tile, gate=None, parts=1):
     rows = torch.randn(m, k)
     dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
     block_m, block_n, split = tile
-    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate, stream.place(m, block_m), parts)
+    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate, stream.place(m, block_m), parts, beside)
     tensors = {"X": rows.half(), **dict(zip(["W", "S", *(p for p in loop.pointers if p in ("SS", "Z"))], q.flatten()))}
     if given:
         codes, scale = quantize_activations(rows, [], given)
@@ -63,6 +64,13 @@ def check(weight, given, m, n, k, tile, gate=None, parts=1):
     if gate is not None:
         halves = truth[:, :n].double(), truth[:, n:].double()
         truth = linear_glu.ACTIVATIONS[gate.name].fn(halves[not gate.first]) * halves[gate.first]
+    if beside is not None:
+        index = torch.randperm(k)[: beside.columns].to(torch.int32)
+        index[torch.rand(beside.columns) < 0.2] = -1
+        x16, w16 = (torch.randn(rows, k if gather else beside.columns).half() for rows, gather in ((m, beside.gather_x), (n, beside.gather_w)))
+        tensors |= {"X16": x16, "W16": w16, "INDEX": index}
+        inside = (index >= 0) | (not beside.indexed)
+        truth = truth + (split_linear.gathered_x(x16, index, beside.gather_x) * inside).float() @ split_linear.gathered_w(w16, index, beside.gather_w).float().T
     out = torch.full((split, m, n) if split > 1 else (m, n), float("nan"))
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SPLIT": split, "UNROLL": 1}
     template = loop.kernel(stream.HEADER if gate is None else stream.GATED_HEADER, stream.SPLIT_FOOTER if split > 1 else tiles.FOOTER)
@@ -128,6 +136,17 @@ def parts():
     return rows
 
 
+def beside():
+    """Few columns and more than two chunks, gathered and not, split and in parts, all rows in a tile and not."""
+    rows = []
+    for i, (weight, given) in enumerate([("int8.row", "int8.row"), ("int4.g128", "int8.row"), ("e4m3.row", "e4m3.row"), ("int4.g128", None), ("int8.row", "int8.tensor")]):
+        for j, count in enumerate((1, 32, 75)):
+            (m, n, k), tile = SIZES[(i + j) % 3], TILES[(i + 2 * j) % 3]
+            parts = 2 if tile[2] == 1 and (i + j) % 2 else 1
+            rows.append([weight, given, count, m, check(weight, given, m, n, 256 if parts > 1 else k, tile, None, parts, Beside(count, i % 2 == 0, j != 1))])
+    return rows
+
+
 def plain():
     return [[weight, given, *size, *tile, check(weight, given, *size, tile)] for weight, given in CASES for size, tile in zip(SIZES, TILES)]
 
@@ -147,4 +166,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     decode.Decoder.call = statements
     decode.settled = lambda name, dtype: f"{name} = {name}"
-    print(json.dumps({"plain": plain, "gated": gated, "grouped": experts, "parts": parts}[sys.argv[1]]()))
+    print(json.dumps({"plain": plain, "gated": gated, "grouped": experts, "parts": parts, "beside": beside}[sys.argv[1]]()))
