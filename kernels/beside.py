@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHUNK = 32
-"""Columns beside a loop that one dot takes."""
+CHUNKS = 32, 64
+"""Columns beside a loop that one dot takes: gathered ones, or few, and many."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Beside:
         return self.gather_x or self.gather_w
 
     @property
+    def chunk(self) -> int:
+        """Columns of one dot."""
+        return CHUNKS[not self.gather_x and self.columns > CHUNKS[0]]
+
+    @property
     def pointers(self) -> tuple[str, ...]:
         """In the order of a template's arguments."""
         return ("X16", "W16", "INDEX") if self.indexed else ("X16", "W16")
@@ -36,9 +41,9 @@ class Beside:
         return ['stride_x16m = {{stride("X16", 0)}}', 'stride_w16n = {{stride("W16", 0)}}']
 
     def loads(self, live: str, split: bool, c: int) -> list[str]:
-        """Statements that set ``x16_<c>`` (BLOCK_M, CHUNK) and ``w16_<c>`` (BLOCK_N, CHUNK) of the columns from ``c`` on. Of programs that share a tile, the first one adds them."""
+        """Statements that set ``x16_<c>`` (BLOCK_M, chunk) and ``w16_<c>`` (BLOCK_N, chunk) of the columns from ``c`` on. Of programs that share a tile, the first one adds them."""
         own = f"tl.where(part_k == 0, {self.columns}, 0)" if split else self.columns
-        lines = [f"beside = {c} + tl.arange(0, {CHUNK})", f"named = (beside < {own})[None, :]"]
+        lines = [f"beside = {c} + tl.arange(0, {self.chunk})", f"named = (beside < {own})[None, :]"]
         if self.indexed:
             lines += [f"index = tl.load(INDEX + beside, mask=beside < {own}, other=-1).to(tl.int64)", "named = (index >= 0)[None, :]"]
         x, w = ("index" if gather else "beside" for gather in (self.gather_x, self.gather_w))

@@ -19,7 +19,7 @@ from qcompile.core.errors import Skip
 from . import tiles
 from .op import Kernel, Op, target, two_dimensional
 
-ROWS = 16
+ROWS = 4
 """Up to so many rows the one program takes the maxima of columns itself; of more, Inductor's reduction gives it one row."""
 LONGEST = 32768
 """Columns that one program holds."""
@@ -98,18 +98,21 @@ SOURCE = """
     # bits of the maximum and one more, which orders as the maxima do; 0 for what stays below the threshold, and for NaN
     key = tl.where(inside & (peak >= THRESHOLD) & (low == 0), peak.to(tl.int32, bitcast=True) + 1, 0)
     passed = tl.sum((key > 0).to(tl.int32), 0)
-    least = 0
+    ones = (key > 0).to(tl.int32)
+    total = passed
     if passed > COUNT:
+        least = 0
         for bit in range(31):
             more = least | (1 << (30 - bit))
             if tl.sum((key >= more).to(tl.int32), 0) >= COUNT:
                 least = more
-    above = (key > least).to(tl.int32)
-    equal = ((key == least) & (key > 0)).to(tl.int32)
-    kept = (above > 0) | ((equal > 0) & (tl.cumsum(equal, 0) <= COUNT - tl.sum(above, 0)))
-    ones = kept.to(tl.int32)
+        above = (key > least).to(tl.int32)
+        equal = (key == least).to(tl.int32)
+        room = COUNT - tl.sum(above, 0)
+        ones = above + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)
+        total = total * 0 + COUNT
+    kept = ones > 0
     before = tl.cumsum(ones, 0)
-    total = tl.sum(ones, 0)
     # others fill the places behind the outliers, and the last one with how many more passed
     place = tl.where(kept, before - 1, total + column - before)
     value = tl.where(kept, column, tl.where(place < COUNT, -1, passed - total))

@@ -23,7 +23,7 @@ from .beside import Beside
 from .op import FEW, Case, Kernel, Op, rows_of, target, two_dimensional
 
 
-ROWS = 16
+ROWS = 8
 """Up to so many rows the kernel gathers columns of the activations itself: two bytes of each row and column take a sector of their own, for every tile of the weight."""
 
 

@@ -26,7 +26,7 @@ from qcompile.core.layouts import BLOCK
 from qcompile.core.scheme import GROUPS, Scheme
 
 from . import decode, tiles
-from .beside import CHUNK, Beside
+from .beside import Beside
 from .op import Case
 from .tiles import SUB
 
@@ -274,8 +274,8 @@ class _Text:
             return [], []
         early = [f"    {line}" for line in self.beside.strides()]
         late: list[str] = []
-        for c in range(0, self.beside.columns, CHUNK):
-            few = self.place is ONE and c < 2 * CHUNK
+        for c in range(0, self.beside.columns, self.beside.chunk):
+            few = self.place is ONE and c < 64
             (early if few else late).extend(f"    {line}" for line in self.beside.loads(self.place.live, self.split, c))
             late.append(f"    acc = tl.dot(w16_{c}, tl.trans(x16_{c}), acc)")
         return early, late
