@@ -26,7 +26,7 @@ from qcompile.core.scheme import Scheme
 from qcompile.kernels import linear, linear_glu, scaled_linear, stream, tiles
 from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
-from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
+from qcompile.kernels.tuned import FIELDS, GROUP_M, Tile, arithmetic
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the pool's processes: with a thread for each core in each of them nothing moves
 OUT = Path(__file__).resolve().parents[1] / "kernels" / "tuned.json"
@@ -120,7 +120,7 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     c = case(job)
     split = job.tile[2] > 1
     gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if job.gated else None
-    loop = stream.loop(c.input, c.weight, c.n, c.k, stream.operand(c), split, job.m % job.tile[0] == 0, gate, stream.place(job.m, job.tile[0]), job.tile[6])
+    loop = stream.loop(c.input, c.weight, c.n, c.k, stream.operand(c), split, job.m % job.tile[0] == 0, gate, stream.place(job.m, job.tile[0]), job.tile[6], paired=stream.pairs(c, tile_of(job)))
     sample = quantize(torch.ones(16, job.k), c.weight).flatten()
     shapes: dict[str, tuple[int, ...]] = {"X": (job.m, job.k)}
     types = {"X": TYPES[c.dtype]}
@@ -132,9 +132,13 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16", (job.m, job.n // 2 if job.gated else job.n)), types | {"OUT": "fp32" if split else "bf16"}
 
 
+def tile_of(job: Job) -> dict[str, int]:
+    """As the table of tiles gives it."""
+    return dict(zip(FIELDS, job.tile))
+
+
 def constants(job: Job) -> dict[str, int]:
-    rows, width, split, unroll, warps, stages, _ = job.tile
-    return {"BLOCK_M": rows, "BLOCK_N": width, "GROUP_M": GROUP_M, "SPLIT": split, "UNROLL": unroll, "num_warps": warps, "num_stages": stages}
+    return {"GROUP_M": GROUP_M, **{name: value for name, value in tile_of(job).items() if name != "PARTS"}}
 
 
 def compile_ahead(job: Job) -> tuple[Job, str]:

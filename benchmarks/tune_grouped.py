@@ -28,7 +28,7 @@ from qcompile.core.scheme import Scheme
 from qcompile.kernels import grouped, stream
 from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
-from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
+from qcompile.kernels.tuned import FIELDS, GROUP_M, Tile, arithmetic
 
 EXPERTS, TOP, N, K = 128, 8, 768, 2048
 TOKENS = (1, 64, 1024, 4096)
@@ -69,7 +69,7 @@ def case(job: Job) -> Case:
 def source(job: Job) -> tuple[str, dict[str, str]]:
     """The kernel's text and the Triton dtype of each pointer."""
     c = case(job)
-    loop = stream.loop(c.input, c.weight, N, K, stream.operand(c), False, place=grouped.PLACE, parts=job.tile[6])
+    loop = stream.loop(c.input, c.weight, N, K, stream.operand(c), False, place=grouped.PLACE, parts=job.tile[6], paired=stream.pairs(c, dict(zip(FIELDS, job.tile))))
     shapes: dict[str, tuple[int, ...]] = {"X": (c.m or 0, K), "INDEX": (EXPERTS,)}
     types = {"X": TYPES[c.dtype], "INDEX": TYPES[torch.int32]}
     for name, t in zip(("W", "S"), quantize(torch.ones(1, 16, K), c.weight).flatten()):

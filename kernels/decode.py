@@ -27,13 +27,19 @@ class Decoder:
     dtype: str
     factor: int = 1
 
-    def call(self, source: str, *names: str) -> str:
-        """A Triton statement that sets ``names`` (two halves of a packed block, or one tile) from the uint8 tile ``source``."""
-        kinds = ", ".join([self.dtype] * len(names))
+    def call(self, source: str, *names: str, paired: int = 0) -> str:
+        """Statements that set ``names`` (two halves of a packed block, or one tile) from the uint8 tile ``source``.
+
+        ``paired``: the tile holds int16, two bytes each, and an output of 16 bits has so many columns. A lane holds pairs of columns of what ``wgmma`` takes from registers; of single bytes LLVM would
+        take every word apart, and put it together again.
+        """
+        kinds = ", ".join(["tl.int32" if paired else self.dtype] * len(names))
         kinds = f"({kinds})" if len(names) > 1 else kinds
         constraints = ",".join(["=&r"] * self.outputs + ["r"])
         lines = "; ".join(line.strip() for line in self.ptx.strip().splitlines())
-        return f'{", ".join(names)} = tl.inline_asm_elementwise("{{ {lines}; }}", "{constraints}", [{source}], dtype={kinds}, is_pure=True, pack=4)'
+        asm = f'{", ".join(names)} = tl.inline_asm_elementwise("{{ {lines}; }}", "{constraints}", [{source}], dtype={kinds}, is_pure=True, pack={2 if paired else 4})'
+        apart = [f"{name} = tl.reshape(tl.join({name}.to(tl.int16), ({name} >> 16).to(tl.int16)), (BLOCK_N, {paired})).to({self.dtype}, bitcast=True)" for name in names]
+        return "\n".join([asm, *apart]) if paired else asm
 
 
 def settled(name: str, dtype: str) -> str:

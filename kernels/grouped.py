@@ -169,9 +169,9 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequ
 def _stream_lower(c: Case, x: Any, x_scale: Sequence[Any], index: Any, weight: Sequence[Any], scheme: str, by_row: bool) -> Any:
     dot = stream.operand(c)
     tile = tuned.grouped(c, by_row)
-    parts = tile["PARTS"]
-    body = lambda: stream.loop(c.input, c.weight, c.n, c.k, dot, False, place=PLACE, parts=parts)  # noqa: E731
-    return _template(c, by_row, ("stream", f"parts {parts}" if parts > 1 else "", scheme, dot), body, [x, *weight, *x_scale[:1], index], tile)
+    parts, paired = tile["PARTS"], stream.pairs(c, tile)
+    body = lambda: stream.loop(c.input, c.weight, c.n, c.k, dot, False, place=PLACE, parts=parts, paired=paired)  # noqa: E731
+    return _template(c, by_row, ("stream", f"parts {parts}" if parts > 1 else "", "paired" if paired else "", scheme, dot), body, [x, *weight, *x_scale[:1], index], tile)
 
 
 def _cpu_supports(c: Case) -> Skip | None:

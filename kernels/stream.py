@@ -114,19 +114,19 @@ class Gate:
     first: bool = True
 
 
-def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None, place: Place = DENSE, parts: int = 1, beside: Beside | None = None) -> tiles.Loop:
+def loop(x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool = False, gate: Gate | None = None, place: Place = DENSE, parts: int = 1, beside: Beside | None = None, paired: bool = False) -> tiles.Loop:
     """The K loop for activations of dtype ``dot`` ("tl.int8", "fp8", "tl.bfloat16" ...): sums in int32 or float32, scaled to float32. ``n``: rows of the weight, both halves where it is gated.
 
     ``whole``: every row of every tile is one of M. Rows that are not are masked: read from elsewhere, a single row of activations would be asked for sixteen times by every program.
-    ``parts`` cut K, which is a multiple of 128 times as many, inside a program.
+    ``parts`` cut K, which is a multiple of 128 times as many, inside a program. ``paired``: codes are loaded two bytes at a time, see ``pairs``.
     """
-    return _Text(x, w, n, k, dot, split, whole, gate, place, parts, beside).loop()
+    return _Text(x, w, n, k, dot, split, whole, gate, place, parts, beside, paired).loop()
 
 
 class _Text:
     """The statements of one loop. A *piece* is what one dot takes: (columns, where they start in the step); pieces between two scales share a sum."""
 
-    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None, place: Place, parts: int, beside: Beside | None) -> None:
+    def __init__(self, x: Scheme | None, w: Scheme, n: int, k: int, dot: str, split: bool, whole: bool, gate: Gate | None, place: Place, parts: int, beside: Beside | None, paired: bool) -> None:
         assert gate is None or not split, "parts of sums cannot be added up before the activation"
         assert parts == 1 or (not split and k % (BLOCK * parts) == 0), f"{k} columns are not {parts} parts of whole blocks"
         self.x, self.w, self.n, self.k, self.dot, self.split, self.whole, self.gate, self.place, self.parts = x, w, n, k, dot, split, whole, gate, place, parts
@@ -143,6 +143,8 @@ class _Text:
         self.decoder = decode.nibbles(w.fmt, dot) if self.packed else decode.int8(dot) if w.fmt.name == "int8" and not self.integer else None
         self.factor = 1 if self.decoder is None else self.decoder.factor
         self.even = k % BLOCK == 0
+        assert not paired or (self.decoder is not None and self.even and parts == 1), "only whole blocks of what is decoded are read in pairs"
+        self.pair = 2 if paired else 1
 
     def loop(self) -> tiles.Loop:
         step = [*self._weights(), *self._sums()]
@@ -187,6 +189,9 @@ class _Text:
         """Statements that set the addresses of the first step's tiles, ``x_at`` and ``w_at``: rows, the columns of one piece, of each part those that begin it."""
         columns = "column" if self._pieces()[0][0] == SUB else "wide"
         lines = [self._place("x_at", "X", "rm", "stride_xm", columns, self.span)]
+        if self.pair > 1:
+            pair = f"tl.arange(0, {self._pieces()[0][0] // 2})"
+            return lines + [self._place(f"w_at{u}", "W.to(tl.pointer_type(tl.int16), bitcast=True)", f"rn{u}", "(stride_wn // 2)", pair, 0) for u in self.sums]
         return lines + [self._place(f"w_at{u}", "W", f"rn{u}", "stride_wn", columns, self.span // 2 if self.packed else self.span) for u in self.sums]
 
     def _place(self, name: str, base: str, rows: str, stride: str, columns: str, span: int) -> str:
@@ -200,15 +205,17 @@ class _Text:
         if self.packed:
             assert self.decoder is not None
             for u in self.sums:
-                lines += [f"code{u} = tl.load(w_at{u} + k // 2)", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}")]
+                lines += [f"code{u} = tl.load(w_at{u} + k // {2 * self.pair})", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}", paired=(self.pair - 1) * SUB)]
         for i, (columns, at) in enumerate(self._pieces()):
             step = f"k + {at}" if at else "k"
             inside = [] if self.even else [f"({step} + {'column' if columns == SUB else 'wide'} < K)[None, :]"]
             lines.append(f"x{i} = tl.load(x_at + {step}{_mask([*([] if self.whole else ['live']), *inside], self.integer)})")
             for u in self.sums if not self.packed else ():
                 name = f"code{i}{u}" if self.decoder else f"w{i}{u}"
-                lines.append(f"{name} = tl.load(w_at{u} + {step}{_mask(inside, self.w.fmt.kind == 'int')})")
-                if self.decoder:
+                lines.append(f"{name} = tl.load(w_at{u} + {step if self.pair == 1 else f'({step}) // 2'}{_mask(inside, self.w.fmt.kind == 'int')})")
+                if self.decoder and self.pair > 1:
+                    lines.append(self.decoder.call(name, f"w{i}{u}", paired=columns))
+                elif self.decoder:
                     lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}{u}"))
                 elif not self.integer and self.x is None:
                     lines.append(f"w{i}{u} = w{i}{u}.to({self.dot})")
@@ -308,6 +315,12 @@ def split_grid(s: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tu
     return grid(m, n, meta, cdiv=cdiv)
 
 
+def pairs(c: Case, config: dict[str, int]) -> bool:
+    """Weights that are decoded to 16 bits for ``wgmma``, which takes whole tiles of 64 rows from registers of four warps each. Fewer rows of activations take ``mma``, for which lanes hold four columns in a row."""
+    decoded = c.input is None and (c.weight.packing != "plain" or c.weight.fmt.name == "int8")
+    return decoded and config["BLOCK_M"] > 16 and config["BLOCK_N"] % 64 == 0 and config["num_warps"] % 4 == 0 and c.k % BLOCK == 0 and config["PARTS"] == 1
+
+
 def operand(c: Case) -> str:
     """The dtype that a case's dots take, as ``loop`` names it."""
     return tiles.triton_dtype(c.dtype) if c.input is None else "tl.int8" if c.input.fmt.kind == "int" else "fp8"
@@ -322,10 +335,10 @@ def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, config: dict[str
     about = (gate.name, "" if gate.first else "up first") if gate is not None else ()
     parts, where = config["PARTS"], place(rows, config["BLOCK_M"])
     name = tiles.template_name(op, "stream", "one" if where is ONE else "", "split" if split else "", f"parts {parts}" if parts > 1 else "", "whole" if whole else "", scheme, c.n if c.weight.group[0] != 1 else 0, c.k, dot, *about)
-    if beside is not None:
-        name += f"_{beside.name}"
+    paired = pairs(c, config)
+    name += ("" if beside is None else f"_{beside.name}") + ("_paired" if paired else "")
     header, footer = HEADER if gate is None else GATED_HEADER, SPLIT_FOOTER if split else tiles.FOOTER
-    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate, where, parts, beside).kernel(header, footer)  # noqa: E731
+    source = lambda: loop(c.input, c.weight, c.n, c.k, dot, split, whole, gate, where, parts, beside, paired).kernel(header, footer)  # noqa: E731
     if not split:
         return compat.lower_template(name, source, inputs, (m, c.n if gate is None else c.n // 2), [config], grid)
     return compat.sum_first(compat.lower_template(name, source, inputs, (config["SPLIT"], m, c.n), [config], split_grid))
