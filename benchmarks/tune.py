@@ -94,7 +94,7 @@ def _whole(recipe: str, m: int, n: int, gated: bool) -> Iterator[tuple[int, int,
         yield from ((64, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 3), (1, 4), (1, 5), (2, 3)))
     elif m <= 256:
         tiles_ = ((128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4), (64, 128, 8))
-        yield from ((rows, width, split, 1, warps, stages) for rows, width, warps in tiles_ for split in parts[:2] for stages in (3, 4))
+        yield from ((rows, width, split, unroll, warps, stages) for rows, width, warps in tiles_ for split in parts[:2] for unroll, stages in ((1, 3), (1, 4), (2, 3)))
     elif recipe in ("W4A8", "W8A8", "FP8"):  # the others dequantize once and call the library
         yield from ((rows, width, 1, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
 

@@ -94,7 +94,7 @@ def _halved(c: Case, tile: dict[str, int]) -> dict[str, int]:
     decoded = c.input is None or c.weight.fmt.bits != 8
     if rows > 64 and (decoded or rows > 128 or columns < 128):
         rows = 64 if c.input is None else rows // 2
-    elif columns >= 32:
+    elif columns >= 32 and (rows < 64 or columns > 64):  # of 64 rows of weights each, which four warps take from registers
         columns //= 2
         warps = warps if rows >= 64 else min(warps, columns // 16)
     if rows == 64 and c.input is None and c.weight.fmt.kind != "int" and c.weight.fmt.bits == 4:

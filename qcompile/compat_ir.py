@@ -121,14 +121,15 @@ def lower_template(
     return out[0] if isinstance(out, tuple) else out  # 2.13 returns (node, choice)
 
 
-LONGEST = 8192
-"""Elements of a row that a reduction keeps in registers."""
+LONGEST = 16384
+"""Elements of a row that a reduction keeps in registers, 32 in each of 512 threads."""
 
 
 def whole_rows() -> Any:
-    """A context in which reductions over rows of up to ``LONGEST`` elements load them once.
+    """A context in which reductions over rows of up to ``LONGEST`` elements load them once, in one kernel.
 
-    Quantizing a row, or normalizing and quantizing it, reads it twice: for its maximum, then for its codes. Inductor keeps rows of 1,024 elements in registers and reads longer ones again.
+    Quantizing a row, or normalizing and quantizing it, reads it twice: for its maximum, then for its codes. Inductor keeps rows of 1,024 elements in registers and reads longer ones again; of few
+    rows it gives each to several programs, then adds a kernel for the maximum of theirs, and one for the codes.
     """
     from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
@@ -142,6 +143,11 @@ def whole_rows() -> Any:
             if usual or cooperative_reduction or features.get_reduction_hint() != ReductionHint.INNER or not torch._inductor.config.triton.persistent_reductions:
                 return usual
             return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST))
+
+        @staticmethod
+        def reduction_split_factor(device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
+            whole = inner_reduction and reduction_numel_hint <= LONGEST
+            return 1 if whole else int(InductorChoices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
 
     return V.set_choices_handler(Choices())
 
