@@ -5,7 +5,24 @@ so the folder fills itself only under its full name.
 """
 
 if __name__ == "qcompile.kernels":
-    from . import attention, columns, dequantize, fake_quant, fp8_history, fp8_linear, frozen_grouped, frozen_linear, grouped, linear, linear_glu, outlier_columns, quantize, scaled_linear, split_linear, stored
+    from . import (
+        attention,
+        columns,
+        dequantize,
+        fake_quant,
+        fp8_history,
+        fp8_linear,
+        frozen_grouped,
+        frozen_linear,
+        grouped,
+        linear,
+        linear_glu,
+        outlier_columns,
+        quantize,
+        scaled_linear,
+        split_linear,
+        stored,
+    )
     from .op import Op, install
 
     INFERENCE = (quantize.OP, dequantize.OP, linear.OP, scaled_linear.OP, linear_glu.OP, split_linear.OP, outlier_columns.OP, grouped.OP, columns.OP, stored.OP, attention.OP)

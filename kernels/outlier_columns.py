@@ -6,7 +6,6 @@ is all, else it finds the smallest maximum that is kept bit by bit (positive flo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +56,17 @@ def fake(x: Tensor, count: int, threshold: float) -> Tensor:
 def case(x: Any, count: int, threshold: float) -> Columns:
     """The case of one call; tensors and IR nodes alike."""
     shape = compat.sizes(x)
-    return Columns(compat.device_of(x), compat.static_int(shape[0]) if len(shape) == 2 else None, int(shape[-1]), count)
+    return Columns(compat.device_of(x), compat.static_int(shape[0]), int(shape[-1]), count)
 
 
 def simplify(x: Tensor, count: int, threshold: float) -> Any:
-    """On a GPU: N-D activations to 2-D, and many rows to their maxima."""
-    if x.device.type != "cuda" or not fits(x.shape[-1], count):
+    """N-D activations to 2-D; on a GPU many rows to their maxima."""
+    if x.dim() != 2:
+        return target("outlier_columns")(two_dimensional(x), count, threshold)
+    rows = compat.static_int(x.shape[0])
+    if x.device.type != "cuda" or not fits(x.shape[-1], count) or (rows is not None and rows <= ROWS):
         return NotImplemented
-    rows = compat.static_int(x.shape[0]) if x.dim() == 2 else None
-    if rows is not None and rows <= ROWS:
-        return NotImplemented
-    flat = two_dimensional(x)
-    rows = compat.static_int(flat.shape[0])
-    few = rows is not None and rows <= ROWS
-    return target("outlier_columns")(flat if few else flat.abs().amax(0, keepdim=True), count, threshold)
+    return target("outlier_columns")(x.abs().amax(0, keepdim=True), count, threshold)
 
 
 def fits(k: int, count: int) -> bool:

@@ -22,7 +22,6 @@ from . import grouped, linear, scaled_linear, stream, tuned
 from .beside import Beside
 from .op import FEW, Case, Kernel, Op, rows_of, target, two_dimensional
 
-
 ROWS = 8
 """Up to so many rows the kernel gathers columns of the activations itself: two bytes of each row and column take a sector of their own, for every tile of the weight."""
 
@@ -68,10 +67,10 @@ def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16
     if sw.scale is not None and not stream.takes_scales(c):
         flat = str(linear.unnested(sw))
         return op(x, list(x_scale), linear.flat_scales(weight, sw, x.shape[-1]), x16, w16, index, gather_x, gather_w, f"{sx} @ {flat}" if sx else flat)
-    if x16.dtype.itemsize != 2:
-        return apart(x, x_scale, weight, x16, w16, index, gather_x, gather_w, scheme)
     if c.device.type != "cuda":
         return NotImplemented
+    if x16.dtype.itemsize != 2:
+        return apart(x, x_scale, weight, x16, w16, index, gather_x, gather_w, scheme)
     first_x = gather_x and (c.m is None or c.m > ROWS)
     first_w = gather_w and (c.m is None or c.m > FEW or w16.stride(-1) != 1)
     if first_x or first_w:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("fusion")  # a worker keeps what its cases 
 
 Part = dict[str, Any]
 QCase = Callable[..., dict[str, Part]]
-COUNTS = {"W8A8": 10, "W8A8_STATIC": 9, "W8A16": 8, "W4A16": 8, "W4A8": 10, "FP8": 10, "FP8_TENSOR": 17, "NF4": 8, "FP4": 8}
+COUNTS = {"W8A8": 10, "W8A8_STATIC": 9, "W8A16": 8, "W4A16": 8, "W4A8": 10, "FP8": 10, "FP8_TENSOR": 15, "NF4": 8, "FP4": 8}
 COUNTS |= {"W8A8_SMOOTHQUANT": COUNTS["W8A8"], "W8A8_SMOOTHQUANT_STATIC": COUNTS["W8A8_STATIC"], "W4A16_AWQ": COUNTS["W4A16"], "LLM_INT8_STATIC": COUNTS["W8A8"]}
 """Launches of a Llama layer, attention included: 4 products (q, k and v are one, and gate, up and silu), 1 attention, 1 rotation of q and k, 2 norms; the quantization of attention's output, and
 that of down's input where its range is dynamic. A transform adds none: a vector that divides o's input multiplies v's columns in the store of their product with q and k."""

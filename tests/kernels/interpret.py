@@ -1,5 +1,5 @@
 """Runs streamed products in Triton's interpreter, in a process of its own (the variable must be set before Triton is imported): prints the largest error of each case. With the argument
-"gated" it runs gated ones, with "grouped" those of stacked experts, with "parts" those that cut K inside a program, with "beside" those with 16-bit columns beside.
+"gated" it runs gated ones, with "grouped" those of stacked experts, with "parts" those that cut K inside a program, with "beside" those with 16-bit columns beside, with "paired" those that read codes two bytes at a time.
 
 The interpreter has no inline PTX, so each decoder is replaced by Triton statements of the same meaning; `test_decode.py` runs the PTX itself. It has no bfloat16 dot either: float16 and int8.
 """
@@ -35,16 +35,18 @@ GATED = [(40, 33, 130), (1, 24, 256), (3, 17, 520)]
 """The same for gated products, N being that of the output: rows of two halves that fill no tile, and reach into each other's."""
 
 
-def statements(self, source, *names):
+def statements(self, source, *names, paired=0):
     """What ``Decoder.call`` stands for, without PTX; the format is put in by ``check``."""
     lines = [f"raw = {source}"]
+    if paired:
+        lines += ["raw = raw.to(tl.int32)", f"raw = tl.reshape(tl.join(raw & 255, (raw >> 8) & 255), (BLOCK_N, {paired})).to(tl.uint8)"]
     for i, name in enumerate(names):
         lines.append(f"code = (raw.to(tl.int32) >> {4 * i}) & 15" if len(names) == 2 else "code = raw.to(tl.int8, bitcast=True)")
         lines += [tiles.decode(statements.scheme, "tl.float32"), f"{name} = (w * {self.factor}).to({self.dtype})"]
     return "\n".join(lines)
 
 
-def check(weight, given, m, n, k, tile, gate=None, parts=1, beside=None):
+def check(weight, given, m, n, k, tile, gate=None, parts=1, beside=None, paired=False):
     w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
     statements.scheme = w
     width = n if gate is None else 2 * n
@@ -53,7 +55,7 @@ def check(weight, given, m, n, k, tile, gate=None, parts=1, beside=None):
     rows = torch.randn(m, k)
     dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
     block_m, block_n, split = tile
-    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate, stream.place(m, block_m), parts, beside)
+    loop = stream.loop(x, w, width, k, dot, split > 1, m % block_m == 0, gate, stream.place(m, block_m), parts, beside, paired)
     tensors = {"X": rows.half(), **dict(zip(["W", "S", *(p for p in loop.pointers if p in ("SS", "Z"))], q.flatten()))}
     if given:
         codes, scale = quantize_activations(rows, [], given)
@@ -84,7 +86,7 @@ ENDS = [[0, 5, 5, 40, 41], [3, 3, 3, 3, 3], [0, 0, 0, 0, 17]]
 """Where the rows of five experts end: experts without rows, with fewer than a tile and with more; rows behind the last end, one and many."""
 
 
-def stacked(weight, given, ends, more, k, rows, by_row, parts):
+def stacked(weight, given, ends, more, k, rows, by_row, parts, paired=False):
     """Largest error of a grouped product over output that starts as NaN; ``more`` rows belong to nobody."""
     w, x = Scheme.parse(weight), Scheme.parse(given) if given else None
     statements.scheme = w
@@ -103,7 +105,7 @@ def stacked(weight, given, ends, more, k, rows, by_row, parts):
         scales = [scale]
     s = linear.unnested(w)
     dot = "tl.float16" if x is None else "tl.int8" if x.fmt.kind == "int" else "fp8"
-    loop = stream.loop(x, s, n, k, dot, False, place=grouped.PLACE, parts=parts)
+    loop = stream.loop(x, s, n, k, dot, False, place=grouped.PLACE, parts=parts, paired=paired)
     tensors |= dict(zip(["W", "S", *(p for p in loop.pointers if p == "Z")], flat))
     c = Case(torch.device("cuda"), tensors["X"].dtype, s, x, n, k, m, experts)
     block_m, block_n = rows, 16
@@ -133,6 +135,19 @@ def parts():
         count, (m, n, _), (block_m, block_n, _) = (2, 4)[i % 2], SIZES[i % 3], TILES[i % 3]
         gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text, first=i % 2 == 0) if i % 3 == 1 and weight[:3] not in ("nf4", "fp4") else None
         rows.append([weight, given, count, check(weight, given, m, n, 128 * count * (1 + i % 2), (block_m, block_n, 1), gate, count)])
+    return rows
+
+
+def paired():
+    """Codes that are read two bytes at a time: every format that is decoded to 16 bits, plain and gated and stacked, split and not."""
+    rows = []
+    for i, (weight, given) in enumerate(CASES):
+        if (given is None and weight[0] != "e") or weight == "e2m1.g128/int8.tensor":
+            gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if i % 3 == 1 and weight[:3] not in ("nf4", "fp4") else None
+            (m, n, _), tile = SIZES[i % 3], TILES[i % 3]
+            rows.append([weight, gate is None, m, check(weight, None, m, n, 256 * (1 + i % 2), tile if gate is None else (*tile[:2], 1), gate, paired=True)])
+            if i % 2 and weight[:3] not in ("nf4", "fp4"):
+                rows.append([weight, "stacked", stacked(weight, None, ENDS[i % 3], 3, 256, 16, False, 1, paired=True)])
     return rows
 
 
@@ -166,4 +181,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     decode.Decoder.call = statements
     decode.settled = lambda name, dtype: f"{name} = {name}"
-    print(json.dumps({"plain": plain, "gated": gated, "grouped": experts, "parts": parts, "beside": beside}[sys.argv[1]]()))
+    print(json.dumps({"plain": plain, "gated": gated, "grouped": experts, "parts": parts, "beside": beside, "paired": paired}[sys.argv[1]]()))

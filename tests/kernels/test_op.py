@@ -87,6 +87,16 @@ SAMPLES: dict[str, list[Callable[[], Args]]] = {
         lambda: (*rows("int8.g32", 4, 100), weight("int8.g32", 24, 100), "int8.g32 @ int8.g32", "gelu", True),
         lambda: (torch.randn(0, 96), [], weight("int8.row", 24, 96), "int8.row", "sigmoid", False),
     ],
+    "split_linear": [
+        lambda: (*rows("int8.row", 2, 3, 96), weight("int8.row", 24, 96), torch.randn(2, 3, 96), torch.randn(24, 96), torch.tensor([3, 95, -1]), True, True, "int8.row @ int8.row"),
+        lambda: (torch.randn(4, 100, dtype=torch.bfloat16), [], weight("nf4.g32/int8.row", 24, 100), torch.randn(4, 100, dtype=torch.bfloat16), torch.randn(24, 2), torch.tensor([99, 0]), True, False, "nf4.g32/int8.row"),
+        lambda: (torch.randn(1, 96), [], weight("int4.g32", 24, 96), torch.randn(1, 2), torch.randn(24, 96), torch.tensor([5, 6]), False, True, "int4.g32"),
+    ],
+    "outlier_columns": [
+        lambda: (torch.randn(2, 3, 96), 5, 2.0),
+        lambda: (torch.randn(1, 96, dtype=torch.bfloat16), 96, 0.5),
+        lambda: (torch.randn(4, 96), 5, 100.0),
+    ],
     "columns": [
         lambda: (weight("int8.row", 24, 96), torch.tensor([3, 95, 0]), "int8.row", 96),
         lambda: (weight("int4.g32", 24, 100), torch.tensor([99]), "int4.g32", 100),
@@ -151,7 +161,7 @@ def _frozen_grad(args: Args) -> Args:
     return torch.randn(x.shape[0], packed[0].shape[-2]), index, packed, scheme, by_row, x.shape[-1], torch.float32
 EACH = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
 each = pytest.mark.parametrize(("name", "make"), EACH)
-each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] not in ("attention", "fp8_product", "fp8_transpose")])
+each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] not in ("attention", "outlier_columns", "fp8_product", "fp8_transpose")])
 each_simplified = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].simplify is not None and not p.values[0].startswith("frozen")])  # those always become the ops of inference
 each_traced = pytest.mark.parametrize(("name", "make"), [p for p in EACH if "grouped" not in p.values[0]])  # that reference reads its index: no trace knows it
 

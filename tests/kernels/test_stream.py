@@ -25,7 +25,7 @@ def case(weight: str, given: str | None = None, m: int | None = 1, n: int = 4096
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "cases"), [("plain", 60), ("gated", 33), ("grouped", 18), ("parts", 27), ("beside", 15)])
+@pytest.mark.parametrize(("which", "cases"), [("plain", 60), ("gated", 33), ("grouped", 18), ("parts", 27), ("beside", 15), ("paired", 16)])
 def test_the_loop_in_the_interpreter(which: str, cases: int) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(Path(__file__).with_name("interpret.py")), which]
