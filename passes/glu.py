@@ -177,7 +177,8 @@ def _halves(gated: Gated) -> tuple[fx.Node, bool] | None:
     if whole is None or whole is not _source(gated.up):
         return None
     product = whole.args[0] if whole.target == "to" else whole
-    assert isinstance(product, fx.Node)
+    if not isinstance(product, fx.Node) or product.target not in PRODUCTS:  # biases were added to it
+        return None
     n, dims = example(product).shape[-1], example(product).dim()
     places = [_place(part, int(n), dims) for part in (gated.gate, gated.up)]
     readers = set(whole.users) if len(whole.users) > 1 else set(next(iter(whole.users)).users)

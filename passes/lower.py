@@ -23,6 +23,7 @@ from qcompile.kernels.scaled_linear import spell
 from . import experts, outliers
 from .infra import graph_pass
 from .match import chosen
+from .merge import bias_of
 from .sites import CASTS, Site, cast_to, example, is_transpose
 from .slots import leader, slot_inputs, slot_of, slots_of
 
@@ -107,9 +108,21 @@ class Builder:
             y = self._product(graph, cast_to(graph, x, example(node).dtype), site, choice, slot_inputs(self.gm, self.context, replace(first, rest=tuple(rest))))
             value = example(node)
             y.meta = {**node.meta, "example_value": value.new_empty((*value.shape[:-1], sum(s.n for s in sites)), dtype=torch.float32)}
-            self._merged[kin] = y, self._to(graph, y, value.dtype)
+            self._merged[kin] = y, self._to(graph, self._biased(graph, y, sites), value.dtype)
         y, whole = self._merged[kin]
         return y, graph.call_function(torch.narrow, (whole, -1, sum(s.n for s in sites[: kin.index(site.name)]), site.n))  # a function: AOTAutograd's cache passes over methods of untyped nodes
+
+    def _biased(self, graph: fx.Graph, y: fx.Node, sites: list[Site]) -> fx.Node:
+        """The product of all kin with their biases, zeros for those that have none."""
+        nodes = {node.meta["site"]: node for node in graph.nodes if "site" in node.meta}
+        biases = [bias_of(nodes[site.name]) for site in sites]
+        if not any(biases):
+            return y
+        value = example(y)
+        pieces = [b if b is not None else graph.call_function(torch.zeros, (site.n,), {"dtype": value.dtype, "device": value.device}) for b, site in zip(biases, sites)]
+        out = graph.call_function(torch.add, (y, graph.call_function(torch.cat, (pieces,))))
+        out.meta["example_value"] = value
+        return out
 
     def _slot(self, what: str, site: Site, choice: Choice) -> fx.Node:
         return slot_inputs(self.gm, self.context, slot_of(what, site, choice))[0]

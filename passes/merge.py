@@ -1,5 +1,6 @@
 """Products of one input become one product: q, k and v, or gate and up, found as linears that read the same value and get the same schemes. The weights lie one behind the other in one
-tensor (``qcompile/weights.py``), and each linear takes its columns of the output.
+tensor (``qcompile/weights.py``), and each linear takes its columns of the output. Biases, too, are added
+as one vector.
 
 Fewer, larger kernels: what a GPU wants where there are few rows, and on a CPU fewer calls into C++.
 """
@@ -29,13 +30,14 @@ def merge(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     keys: dict[str, tuple[object, ...]] = {}
     refused: dict[str, Skip] = {}
     nodes: dict[str, fx.Node] = {}
+    halves = pairs(gm)
     for node, site, choice in chosen(gm):
         nodes[site.name] = node
-        if (reason := _alone(node, site, choice)) is not None:
+        if (reason := _alone(node, site, choice, site.name in halves)) is not None:
             refused[site.name] = reason
         else:
             keys[site.name] = (node.args[0], example(node).dtype, choice.input, choice.weight, choice.methods, choice.smooth, choice.heads, site.k, site.dtype)
-    gated = {name: pair for name, pair in pairs(gm).items() if all(p in keys and keys[p] == keys[name] for p in pair)}
+    gated = {name: pair for name, pair in halves.items() if all(p in keys and keys[p] == keys[name] for p in pair)}
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, key in keys.items():
         given = gm.meta["plan"][name].input
@@ -49,8 +51,8 @@ def merge(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     return gm
 
 
-def _alone(node: fx.Node, site: Site, choice: Choice) -> Skip | None:
-    """Why a linear keeps a product of its own."""
+def _alone(node: fx.Node, site: Site, choice: Choice, paired: bool) -> Skip | None:
+    """Why a linear keeps a product of its own. ``paired``: it is a half of a gated unit, whose activation a bias would stand before."""
     if site.device.partition(":")[0] not in DEVICES:
         return Skip(f"products on {site.device} stay apart")
     if isinstance(experts.resolve(node), experts.Experts):
@@ -63,9 +65,15 @@ def _alone(node: fx.Node, site: Site, choice: Choice) -> Skip | None:
         return Skip("its outlier columns are its own")
     if site.stored is not None:
         return Skip("the module holds its codes")
-    if node.args[2:3] not in ((), (None,)) or choice.corrected:
+    bias = bias_of(node)
+    if choice.corrected or (bias is not None and (bias.op != "placeholder" or paired)):
         return Skip("its bias is added in its own store")
     return None
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias of a canonical linear."""
+    return node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
 
 
 POINTWISE = {"silu", "gelu", "relu", "mul", "add", "sigmoid", "tanh", "to", "view", "reshape"}

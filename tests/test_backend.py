@@ -109,7 +109,7 @@ def test_kin_share_one_quantized_input(x):
         with torch.no_grad(), graphs() as seen:
             assert close(compiled(model, recipe=recipe, lower="eager")(x), model(x), 0.05)
         names = [str(n.target) for n in seen[0][0].lowered.graph.nodes]
-        assert sum("qcompile.quantize" in n for n in names) == 1 and sum("scaled_linear" in n for n in names) == 3
+        assert sum("qcompile.quantize" in n for n in names) == 1 and sum("scaled_linear" in n for n in names) == 1  # and one product
 
 
 def test_collecting_ends(x):

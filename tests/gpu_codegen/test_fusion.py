@@ -219,15 +219,15 @@ def test_graph_of_opt(qcase: QCase) -> None:
     assert_expected_inline(
         between(qcase("static_models", compile=False)["opt"], r"fc1: ", r"fc2: "),
         """\
-scaled_linear_default_4 = qcompile.scaled_linear(getitem_2, [fc1.range], [fc1.codes, fc1.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc1: int8.tensor.static @ int8.row
-add_8 = add(scaled_linear_default_4, %model.decoder.layers.0.fc1.bias)
-hidden_states_6 = add_8.to(bfloat16)
+scaled_linear_default_2 = qcompile.scaled_linear(getitem_2, [fc1.range], [fc1.codes, fc1.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc1: int8.tensor.static @ int8.row
+add_6 = add(scaled_linear_default_2, %model.decoder.layers.0.fc1.bias)
+hidden_states_6 = add_6.to(bfloat16)
 hidden_states_7 = relu(hidden_states_6, inplace=False)
 quantize_default_3 = qcompile.quantize(hidden_states_7, [fc2.range], 'int8.tensor.static')
 getitem_3 = getitem(quantize_default_3, 0)
-scaled_linear_default_5 = qcompile.scaled_linear(getitem_3, [fc2.range], [fc2.codes, fc2.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc2: int8.tensor.static @ int8.row
-add_9 = add(scaled_linear_default_5, %model.decoder.layers.0.fc2.bias)
-hidden_states_8 = add_9.to(bfloat16)""",
+scaled_linear_default_3 = qcompile.scaled_linear(getitem_3, [fc2.range], [fc2.codes, fc2.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc2: int8.tensor.static @ int8.row
+add_7 = add(scaled_linear_default_3, %model.decoder.layers.0.fc2.bias)
+hidden_states_8 = add_7.to(bfloat16)""",
     )
 
 
@@ -262,15 +262,15 @@ def test_graph_of_bert(qcase: QCase) -> None:
     assert_expected_inline(
         between(qcase("static_models", compile=False)["bert"], r"intermediate\.dense: ", r"0\.output\.dense: "),
         """\
-scaled_linear_default_4 = qcompile.scaled_linear(getitem_2, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.intermediate.dense: int8.tensor.static @ int8.row
-add_7 = add(scaled_linear_default_4, %bert.encoder.layer.0.intermediate.dense.bias)
-hidden_states_3 = add_7.to(bfloat16)
+scaled_linear_default_2 = qcompile.scaled_linear(getitem_2, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.intermediate.dense: int8.tensor.static @ int8.row
+add_5 = add(scaled_linear_default_2, %bert.encoder.layer.0.intermediate.dense.bias)
+hidden_states_3 = add_5.to(bfloat16)
 hidden_states_4 = gelu(hidden_states_3)
 quantize_default_3 = qcompile.quantize(hidden_states_4, [dense.range], 'int8.tensor.static')
 getitem_3 = getitem(quantize_default_3, 0)
-scaled_linear_default_5 = qcompile.scaled_linear(getitem_3, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.output.dense: int8.tensor.static @ int8.row
-add_8 = add(scaled_linear_default_5, %bert.encoder.layer.0.output.dense.bias)
-hidden_states_5 = add_8.to(bfloat16)""",
+scaled_linear_default_3 = qcompile.scaled_linear(getitem_3, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.output.dense: int8.tensor.static @ int8.row
+add_6 = add(scaled_linear_default_3, %bert.encoder.layer.0.output.dense.bias)
+hidden_states_5 = add_6.to(bfloat16)""",
     )
 
 
