@@ -1,6 +1,6 @@
 """The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage|sweep|train [--write]`.
 
-`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/tune.jsonl` has every timing of a streamed product alone (`tune.py`), `gpu.json` rows of whole compiled linears (`run.py gpu`). Nothing is computed here but the best of rows and shares of the floor.
+`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/gpu.json` are the rows of `run.py gpu`. Nothing is computed here but ratios and shares of the floor.
 """
 
 from __future__ import annotations
@@ -20,19 +20,9 @@ from gpu_floor import floor_us
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
-CARD = "h100"
-
-
-def tuned(card: str = CARD) -> dict[tuple[str, int, int, int], float]:
-    """(recipe, M, N, K) -> microseconds of the best tile."""
-    best: dict[tuple[str, int, int, int], float] = {}
-    for line in (RESULTS / card / "tune.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["gated"]:
-            continue
-        key = (row["recipe"], row["m"], row["n"], row["k"])
-        best[key] = min(row["us"], best.get(key, float("inf")))
-    return best
+CARDS = ("h200", "h100")
+GOALS = "h200"
+"""The card that goals and other libraries' numbers are of."""
 
 
 def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> float:
@@ -74,12 +64,13 @@ def beyond(card: str, report: gpu_tables.Report) -> list[str]:
 
 
 def compiled(card: str) -> list[str]:
-    """Whole compiled linears at all numbers of rows, beside bfloat16 in the same run and the best of other libraries, and what else `run.py gpu` measured on a card."""
+    """Whole compiled linears at all numbers of rows, beside bfloat16 in the same run and the best of other libraries, and what else `run.py gpu` measured on a card. Goals are those of an H200."""
     report = json.loads((RESULTS / card / "gpu.json").read_text())
     machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in gpu_tables.rows(report, "linear")}
+    others = "in brackets the best of other libraries on such a card, and then the goal:" if card == GOALS else "in brackets the best of other libraries on an H200, whose memory is 1.4 times as fast:"
     lines = [
         f"**{machine['gpu']}**, torch {machine['torch']}; a reduction reads {machine['read_tb_s']} TB/s there, a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. Random weights, six in rotation so that L2 does not help, "
-        "launches in a CUDA graph, every output checked first. Microseconds of the whole compiled linear, 4096 -> 14336, quantization of the input included, by rows of activations; in brackets the best of other libraries on such a card, and then the goal. Tiles were chosen on an H100:",
+        f"launches in a CUDA graph, every output checked first. Microseconds of the whole compiled linear, 4096 -> 14336, quantization of the input included, by rows of activations; {others}",
         "",
         "| recipe | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
         "| --- |" + " --- |" * len(ROWS),
@@ -87,64 +78,32 @@ def compiled(card: str) -> list[str]:
     ]
     for case in GPU_CASES:
         found = [linears.get((case.recipe, m)) for m in ROWS]
-        cells = [f"{r['us']:.1f} ({dict(case.peer)[r['m']]:g}); {gpu_tables.goal(format(r['goal_us'], 'g'), r['met'])}" if r is not None else "" for r in found]
+        cells = [f"{r['us']:.1f} ({dict(case.peer)[r['m']]:g})" + (f"; {gpu_tables.goal(format(r['goal_us'], 'g'), r['met'])}" if card == GOALS else "") if r is not None else "" for r in found]
         lines.append(f"| {case.recipe} | " + " | ".join(cells) + " |")
+    if shapes := gpu_tables.rows(report, "shapes"):
+        lines += ["", "Other linears of an 8B model:", "", "| recipe | N x K | rows | us | bfloat16 | times as fast |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| {r['recipe']} | {r['n']} x {r['k']} | {r['m']} | {r['us']:.1f} | {r['bf16_us']:.1f} | {r['bf16_us'] / r['us']:.2f} |" for r in shapes]
     return [*lines, *beyond(card, report), ""]
 
 
-def gpu(card: str = CARD) -> str:
-    """Markdown of the GPUs' numbers: an H200's, then those of the card that tiles were chosen on."""
-    best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
-    machine, linears = report["machine"], {(r["recipe"], r["m"]): r for r in gpu_tables.rows(report, "linear")}
-    reads = f", a reduction reads {machine['read_tb_s']} TB/s" if "read_tb_s" in machine else ""
-    lines = [
-        *compiled("h200"),
-        f"**{machine['gpu']}**, torch {machine['torch']}; a copy there moves {machine['copy_tb_s']} TB/s (read and written){reads}, a large bfloat16 product runs at {machine['bf16_tflop_s']:.0f} TFLOP/s. Microseconds of the product alone, 4096 -> 14336,",
-        "by rows of activations; in brackets the best of other libraries on an H200, whose memory is 1.4 times as fast, with quantization of the input included:",
-        "",
-        "| recipe | " + " | ".join(f"M = {m}" for m in ROWS) + " |",
-        "| --- |" + " --- |" * len(ROWS),
-    ]
-    for case in GPU_CASES:
-        cells = []
-        for m in ROWS:
-            us, whole = best.get((case.recipe, m, *SHAPE)), linears.get((case.recipe, m))
-            library = m > 256 and whole is not None
-            us = whole["us"] if library and whole is not None else us
-            cells.append("" if us is None else f"{us:.1f}{'*' if library else ''} ({dict(case.peer)[m]:g})")
-        lines.append(f"| {case.recipe} | " + " | ".join(cells) + " |")
-    lines += ["", "\\* the whole compiled linear: dequantized once, or quantized, and multiplied by cuBLAS. Other linears of an 8B model, alone:", ""]
-    lines += ["| recipe | N x K | M = 1 | M = 16 | M = 64 |", "| --- | --- | --- | --- | --- |"]
-    for case in GPU_CASES:
-        for n, k in GPU_SHAPES:
-            cells = [best.get((case.recipe, m, n, k)) for m in (1, 16, 64)]
-            if any(cells):
-                lines.append(f"| {case.recipe} | {n} x {k} | " + " | ".join("" if us is None else f"{us:.1f}" for us in cells) + " |")
-    lines += ["", "The whole compiled linear at one row, quantization of the input included, and bfloat16 by cuBLAS in the same run:", ""]
-    lines += ["| recipe | N x K | us | bfloat16 | times as fast | reads at |", "| --- | --- | --- | --- | --- | --- |"]
-    bits = {case.recipe: case.bits for case in GPU_CASES}
-    for row in [*gpu_tables.rows(report, "linear"), *gpu_tables.rows(report, "shapes")]:
-        if row["m"] == 1:
-            rate = row["n"] * row["k"] * bits[row["recipe"]] / 8 / row["us"] / 1e6
-            lines.append(f"| {row['recipe']} | {row['n']} x {row['k']} | {row['us']:.1f} | {row['bf16_us']:.1f} | {row['bf16_us'] / row['us']:.2f} | {rate:.2f} TB/s |")
-    return "\n".join([*lines, *beyond(card, report)])
+def gpu() -> str:
+    """Markdown of the GPUs' numbers."""
+    return "\n".join(line for card in CARDS for line in compiled(card)).rstrip()
 
 
-def picture(path: Path, card: str = CARD) -> None:
+def picture(path: Path, card: str) -> None:
     """Microseconds against rows for each recipe, with the floor and the best of others."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    best, report = tuned(card), json.loads((RESULTS / card / "gpu.json").read_text())
+    report = json.loads((RESULTS / card / "gpu.json").read_text())
     machine = report["machine"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, sharey=True)
     for axis, case in zip(axes.flat, GPU_CASES):
-        mine = [(m, us) for m in ROWS if (us := best.get((case.recipe, m, *SHAPE))) is not None]
-        axis.plot(*zip(*mine), "o-", label="qcompile, the product alone")
-        if whole := sorted((r["m"], r["us"]) for r in gpu_tables.rows(report, "linear") if r["recipe"] == case.recipe):
-            axis.plot(*zip(*whole), "^-", linewidth=0.8, label="the whole compiled linear")
+        mine = sorted((r["m"], r["us"]) for r in gpu_tables.rows(report, "linear") if r["recipe"] == case.recipe)
+        axis.plot(*zip(*mine), "o-", label="qcompile")
         axis.plot(*zip(*case.peer), "s:", color="gray", label="best of others, on an H200")
         axis.plot(ROWS, [floor(case, m, *SHAPE, machine) for m in ROWS], "k--", linewidth=0.8, label="floor: bandwidth, library's rate")
         axis.set(title=case.recipe, xscale="log", yscale="log")
@@ -263,8 +222,8 @@ def main() -> None:
     if given.write:
         README.write_text(re.sub(rf"<!-- {given.section} -->\n.*?<!-- /{given.section} -->", lambda _: f"<!-- {given.section} -->\n{text}\n<!-- /{given.section} -->", README.read_text(), flags=re.S))
         if given.section == "gpu":
-            picture(RESULTS / CARD / "linear.png")
-            for card in (CARD, "h200"):
+            picture(RESULTS / CARDS[-1] / "linear.png", CARDS[-1])
+            for card in CARDS:
                 gpu_plots.draw(json.loads((RESULTS / card / "gpu.json").read_text()), RESULTS / card)
 
 
