@@ -15,7 +15,7 @@ from typing import Any
 
 import gpu_plots
 import gpu_tables
-from cases import GPU_CASES, GPU_SHAPES, ROWS, SHAPE, GpuCase
+from cases import GPU_CASES, ROWS, SHAPE, GpuCase
 from gpu_floor import floor_us
 
 RESULTS = Path(__file__).parent / "results"
