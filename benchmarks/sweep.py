@@ -9,7 +9,6 @@ A worker process does the work, so that none can hang or end the sweep; it start
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import gc
 import json
@@ -100,9 +99,6 @@ def measure(kind: str) -> dict[str, Any]:
         return row | {"status": "too large", "why": str(error)}
     except Exception as error:  # nothing of qcompile has run
         return row | {"status": "not built", "why": str(error) if isinstance(error, models.NotBuilt) else said(error)}
-    if getattr(found.model.config, "_experts_implementation", None) == "eager" and any(p.dim() == 3 and "expert" in name for name, p in found.model.named_parameters()):
-        with contextlib.suppress(ValueError):  # where the model offers it: what qcompile's warning says to do about a Python loop
-            found.model.set_experts_implementation("grouped_mm")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row |= {"class": type(found.model).__name__, "shrunk": found.how, "inputs": sorted(found.inputs)}

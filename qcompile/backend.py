@@ -31,7 +31,7 @@ from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.later import Later
 from qcompile.memory import guard, is_released, release
-from qcompile.missed import limit, of_no_live_linear, refusals
+from qcompile.missed import limit, of_no_live_linear, refusals, regroup
 from qcompile.options import DEFAULTS, PIPELINE, Options
 from qcompile.owners import owners_of
 from qcompile.passes import PASSES, TRAININGS, Pass
@@ -110,11 +110,13 @@ class CompiledGraph:
             dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
         for message in refusals(self, inputs):
             self._refuse(message)
+        if done := regroup(self, inputs):
+            self.notes.append(done)
+            _warn_once(("experts", done), f"qcompile: {done}")
         stored.unfold(lowered)
-        kept = self._drop_unread_weights(lowered)
+        self._kept = kept = self._drop_unread_weights(lowered)
         self._pin(lowered, inputs)
         self.lowered = lowered
-        self._kept = kept
         self._weights = sorted({site.param.index for site in self.sites.values()})  # those that keep 16 bits, too: in another layer a rule may decide otherwise
         self._first = [weakref.ref(inputs[i]) for i in self._weights]
         packed = [n.meta["example_value"] for n in lowered.graph.find_nodes(op="placeholder") if "packed" in n.meta]

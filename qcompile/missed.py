@@ -19,24 +19,44 @@ if TYPE_CHECKING:
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 LOOP = "experts run in an eager Python loop, outside every graph and in 16 bits; model.set_experts_implementation('grouped_mm') lets them be compiled"
+GROUPED = (
+    "experts were configured to run one by one in a Python loop, which no graph can hold; the configuration now says 'grouped_mm', as model.set_experts_implementation('grouped_mm') sets it: the same sums, "
+    "which a graph holds and qcompile quantizes. model.set_experts_implementation('eager') undoes it once the model is no longer compiled"
+)
 
 
 def refusals(graph: CompiledGraph, inputs: Sequence[Any]) -> list[str]:
     """What a graph, as it is compiled, leaves without a kernel, and experts that its routers choose and no graph will hold."""
     reasons = [str(kernel) for kernel in graph.kernels.values() if isinstance(kernel, Skip)]
     said = [f"{reasons.count(reason)} linears are emulated by dequantize + matmul: {reason}" for reason in sorted(set(reasons))]
+    return said + ([LOOP] if any(not _has_forms(owner) for owner in _looped(graph, inputs)) else [])
+
+
+def regroup(graph: CompiledGraph, inputs: Sequence[Any]) -> str:
+    """Experts that a graph's routers choose and that are told to run one by one run grouped from now on, in this call already: Dynamo has not come to them yet. What was done, in words, if anything."""
+    found = [owner for owner in _looped(graph, inputs) if _has_forms(owner)]
+    for owner in found:
+        owner.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+    return GROUPED if found else ""
+
+
+def _looped(graph: CompiledGraph, inputs: Sequence[Any]) -> list[nn.Module]:
+    """Owners of stacks of experts that lie beside one of the graph's routers, are told to run one by one (transformers 5: the experts' own configuration), and are not in the graph."""
     routers = [inputs[site.param.index] for site in graph.sites.values() if site.role == "router"]
-    return said + ([LOOP] if routers and _looped(routers, {id(x) for x in inputs}) else [])
-
-
-def _looped(routers: Sequence[Any], taken: set[int]) -> bool:
-    """Some stack of experts lies beside one of the routers, is told to run one by one (transformers 5: the experts' own configuration), and is not in the graph."""
-    names = owners()
+    if not routers:
+        return []
+    names, taken = owners(), {id(x) for x in inputs}
     beside = tuple(names[id(r)][1].rpartition(".")[0] + "." for r in routers if id(r) in names)
-    return any(
-        path.startswith(beside) and id_ not in taken and owner._parameters[name].dim() == 3 and _one_by_one(owner)  # type: ignore[union-attr]
+    return [
+        owner
         for id_, (owner, path, name) in names.items()
-    )
+        if path.startswith(beside) and id_ not in taken and owner._parameters[name].dim() == 3 and _one_by_one(owner)  # type: ignore[union-attr]
+    ]
+
+
+def _has_forms(experts: nn.Module) -> bool:
+    """Its forward is transformers' dispatcher around the loop: the configuration chooses between forms of one computation."""
+    return hasattr(type(experts).forward, "__wrapped__")
 
 
 def _one_by_one(module: nn.Module) -> bool:

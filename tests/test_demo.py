@@ -37,6 +37,14 @@ def result(demo, name, perplexity, rates=(10.0, 30.0, 20.0)):
     return demo.Result(name, 20_000_000, 5_000_000, 9_000_000, 8.06, perplexity, list(rates), "import os", "a <report>")
 
 
+def test_shipped_model_is_small(demo, loaded):
+    """16 MB of weights at most, and 4,096 tokens."""
+    model, tokenizer = loaded
+    sizes = [path.stat().st_size for path in demo.MODEL.glob("*.safetensors")]
+    assert 0 < sum(sizes) <= 16_000_000
+    assert len(tokenizer) == model.config.vocab_size == model.get_input_embeddings().num_embeddings == 4096
+
+
 def test_perplexity_is_that_of_all_predictions(demo, loaded):
     model, tokenizer = loaded
     windows = demo.held_out(tokenizer, 2, 64)

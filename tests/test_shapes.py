@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small import W8, Net, Stack, Tied, close, graphs, rounded
+from tiny_models import tiny
 from torch import nn
 
 INDUCTOR = {"recipe": "W8A16"}
@@ -52,6 +53,17 @@ def test_quantized_inputs_of_no_rows_through_inductor():
         assert fast(torch.randn(0, 32)).shape == (0, 32)
         x = torch.randn(3, 32)
         assert close(fast(x), model(x), 0.1)
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_stacked_experts_of_no_rows(form):
+    """Mixtral's block alone: its attention refuses an empty batch in eager."""
+    block = tiny("mixtral", num_hidden_layers=1, experts_implementation=form)[0].model.layers[0].mlp
+    fast = compiled(block, recipe="W8A8")
+    with torch.no_grad(), graphs() as seen:
+        for x in (torch.randn(1, 0, 64), torch.randn(1, 5, 64)):
+            assert close(fast(x), block(x), 0.05)
+    assert len(seen) == 2 and all({name.rpartition(".")[2] for name in graph.kernels} == {"gate_up_proj", "down_proj"} for graph, _ in seen)
 
 
 @pytest.mark.parametrize("lower", ["eager", "inductor"])

@@ -202,6 +202,25 @@ def test_small_minifloats(name):
     assert same(table(FORMATS[name]), torch.cat([half, -half]))
 
 
+EXTREMES = {  # worked out by hand: least subnormal, least normal and greatest value, with the codes of the last two
+    "e3m4": (0.015625, (0x10, 0.25), (0x7F, 31)),  # bias 3: 2**-2 / 16, 2**(1 - 3), (2 - 1/16) * 2**(7 - 3)
+    "e2m5": (0.03125, (0x20, 1), (0x7F, 7.875)),  # bias 1: 2**0 / 32, 2**(1 - 1), (2 - 1/32) * 2**(3 - 1)
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_of_8_bit_minifloats(name):
+    """No code is lost at the top: all ones is a number, and the greatest."""
+    fmt = FORMATS[name]
+    subnormal, (normal, least), (top, greatest) = EXTREMES[name]
+    codes, values = torch.tensor([0, 1, normal - 1, normal, top], dtype=torch.uint8), torch.tensor([0, subnormal, least - subnormal, least, greatest])
+    for sign, bit in ((1, 0), (-1, 0x80)):
+        assert same(table(fmt)[codes.int() + bit], sign * values) and same(decode(codes + bit, fmt), sign * values)
+        assert same(encode(sign * values, fmt), codes + bit)
+        assert encode(sign * torch.tensor([2 * greatest, float("inf")]), fmt).tolist() == [top + bit] * 2
+    assert (fmt.bits, fmt.lo, fmt.hi, len(numbers(fmt))) == (8, -greatest, greatest, 128)
+
+
 def test_hfp8():
     """Sun et al. 2019: every exponent of E4M3 means a sixteenth of OCP's, and the codes that OCP gives to NaN are the greatest values."""
     fmt, ocp = FORMATS["e4m3b11"], table(FORMATS["e4m3"])

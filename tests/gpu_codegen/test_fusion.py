@@ -88,7 +88,8 @@ def test_without_epilogue_fusion(qcase: QCase) -> None:
     assert kinds(qcase("chains")["unfused"]) == ["tem", "poi", "tem", "poi"]
 
 
-def test_swiglu_and_quantization_are_one_kernel(qcase: QCase) -> None:
+def test_swiglu_is_one_kernel_and_its_quantization_another(qcase: QCase) -> None:
+    """Gate, up and silu are one product. The dynamic quantization of what it stores is one kernel behind it, the one before down: a row's maximum needs all columns, which no tile has."""
     part = qcase("chains")["swiglu"]
     assert kinds(part) == ["per", "tem", "per", "tem"]  # quantize x; gate, up and silu; quantize; down
     assert sorted(stored(kernel(part, part["calls"][2]))) == ["fp32", "i8"]
@@ -108,6 +109,14 @@ def test_static_int8_throughout(qcase: QCase) -> None:
     assert kinds(part) == ["poi", "tem", "tem"]
     assert [stored(row) for row in templates(part)] == [["i8"], ["bf16"]]
     compiled(part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert"])
+def test_templates_of_static_models_compile(qcase: QCase, name: str) -> None:
+    """First of the tests of these models: the others read the same code and need no cubins."""
+    part = qcase("static_models", compile="triton_tem")[name]
+    compiled(part, "triton_tem")
 
 
 @pytest.mark.slow

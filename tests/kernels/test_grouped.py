@@ -7,6 +7,8 @@ import torch
 
 from qcompile.core.qtensor import dequantize, quantize
 from qcompile.core.scheme import Scheme
+from qcompile.kernels import cpu
+from qcompile.kernels.grouped import cpu_grouped
 from qcompile.kernels.op import target
 from qcompile.kernels.quantize import reference as quantized
 
@@ -78,13 +80,37 @@ def test_one_expert_is_linear():
     torch.testing.assert_close(y, target("linear")(x, [t[0] for t in q.flatten()], "int4.g32"))
 
 
-def test_poisoned_experts_that_no_row_names_are_not_read():
-    q = quantize(torch.randn(E, N, K), Scheme.parse("int8.row"))
-    q.scale[2] = float("nan")
-    x = torch.randn(4, K)
-    for index, by_row in (([1, 2, 2, 4], False), ([0, 1, 3, 3], True)):
-        y = target("grouped_linear")(x, [], torch.tensor(index, dtype=torch.int32), q.flatten(), "int8.row", by_row)
-        assert bool(torch.isfinite(y).all())
+@pytest.fixture(params=["reference", "c++"])
+def grouped(request):
+    """The op by its reference or by the C++ kernels."""
+    if request.param == "reference":
+        return target("grouped_linear")
+    try:
+        cpu.integer_library(), cpu.table_library()
+    except cpu.NoCompiler as error:
+        pytest.skip(str(error))
+    return cpu_grouped
+
+
+@pytest.mark.parametrize("spelling", ["int8.row", "uint4.g48.point", "e4m3.row", "int8.row @ int8.row", "int8.row @ int4.g32"])
+def test_poisoned_experts_that_no_row_names_are_not_read(grouped, spelling):
+    """Few rows and many, which the C++ kernels take in different ways. Bits that are all ones are NaN in every float, and garbage as codes."""
+    given, _, w = spelling.rpartition(" @ ")
+    q = quantize(torch.randn(E, N, K), Scheme.parse(w))
+    truth = dequantize(q)
+    for part in q.flatten():
+        part[2].view(torch.uint8).fill_(255)
+    for each in (1, 80):
+        x = torch.randn(4 * each, K)
+        rows, *scale = quantized(x, [], given) if given else (x,)
+        for owner in ([0, 1, 3, 3], [0, 1, 2, 3]):
+            ids = [e for e in owner for _ in range(each)]
+            wanted = expected(rows.float() * scale[0].float() if given else x, truth, ids)
+            for index, by_row in (([sum(e <= last for e in ids) for last in range(E)], False), (ids, True)):
+                y = grouped(rows, scale, torch.tensor(index, dtype=torch.int32), q.flatten(), spelling, by_row)
+                clean = torch.tensor(ids) != 2
+                torch.testing.assert_close(y[clean].double(), wanted[clean], rtol=1e-5, atol=1e-4)
+                assert bool(y[~clean].isnan().all()), "poison shows where a row names it"
 
 
 def test_no_more_tiles_than_rows():
