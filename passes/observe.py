@@ -40,19 +40,28 @@ def input_of(node: fx.Node) -> fx.Node:
 
 
 class Observer(fx.Interpreter):
-    """Interprets a captured graph and hands the input of every named site to ``see(site name, x)``."""
+    """Interprets a captured graph and hands the input of every named site to ``see(site name, x, which)``: rows of stacked experts (S, K) with the expert of each, ``which`` (S,); else x as it is, and None."""
 
-    def __init__(self, gm: fx.GraphModule, names: set[str], see: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, gm: fx.GraphModule, names: set[str], see: Callable[[str, Tensor, Tensor | None], None]) -> None:
         super().__init__(gm)
         self._names, self._see = names, see
+        self._products = {n: product for n in gm.graph.nodes if n.meta.get("site") in names and isinstance(product := experts.resolve(n), experts.Experts)}
+        self._indices: dict[fx.Node, Any] = {product.index: None for product in self._products.values() if product.index is not None}
+        """Whose expert each row is: read where the weights are taken, which may be long before the product."""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.meta.get("site") in self._names:
-            self._see(n.meta["site"], self.env[input_of(n)])
-        return super().run_node(n)
+            x, which, product = self.env[input_of(n)], None, self._products.get(n)
+            if product is not None:
+                x, which = experts.rows(product, x, None if product.index is None else self._indices[product.index])
+            self._see(n.meta["site"], x, which)
+        out = super().run_node(n)
+        if n in self._indices:
+            self._indices[n] = out
+        return out
 
 
-def run_observed(gm: fx.GraphModule, args: Sequence[Any], names: set[str], see: Callable[[str, Tensor], None]) -> None:
+def run_observed(gm: fx.GraphModule, args: Sequence[Any], names: set[str], see: Callable[[str, Tensor, Tensor | None], None]) -> None:
     """Interpret ``gm`` once on real ``args``. What the graph writes to (caches, buffers) is cloned first and the random state restored: the model is as before."""
     devices = sorted({a.device.index or 0 for a in args if isinstance(a, Tensor) and a.is_cuda})
     placeholders = gm.graph.find_nodes(op="placeholder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from qcompile.core.solution import Solution
 from qcompile.histories import troubles
 from qcompile.missed import LOOP, functions, limit, module_of, unread, why_nothing
 from qcompile.report import Calibrated, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
-from qcompile.sqnr import energy, ratio, sqnr
+from qcompile.sqnr import energy, output_db, ratio, sqnr
 from qcompile.trained import STATE
 
 if TYPE_CHECKING:
@@ -283,36 +283,18 @@ class _Measured:
         choice = self._choice(site)
         return self._tensors_of(slot_of("weight", site, choice), self.args[site.param.index])
 
-    def _count(self, name: str, x: Tensor) -> None:
+    def _count(self, name: str, x: Tensor, which: Tensor | None) -> None:
         self.rows[name] = x.numel() // self.graph.sites[name].k
 
-    def _see(self, name: str, x: Tensor) -> None:
-        self._count(name, x)
+    def _see(self, name: str, x: Tensor, which: Tensor | None) -> None:
+        from qcompile.passes.sites import view
+
+        self._count(name, x, which)
         site, choice = self.graph.sites[name], self.graph.plan[name]
         if isinstance(choice, Choice) and x.numel():
             with torch.autocast(x.device.type, enabled=False):  # the graph runs as it was called, errors are taken in float32
-                self.output_db[name] = self._error(site, choice, x.to(self._dtypes[name]))
-
-    def _error(self, site: Site, choice: Choice, x: Tensor) -> float | None:
-        from qcompile.kernels import OPS
-        from qcompile.kernels.scaled_linear import spell
-        from qcompile.passes.sites import view
-        from qcompile.solve import Product
-
-        weight = view(self._whole[site.param.index], site.view)
-        if weight.dim() != 2:
-            return None
-        exact = x.float() @ weight.float().T
-        solution = self._solution(site)
-        if solution is not None:
-            packed = QTensor.unflatten(self.packed[site.name], choice.weight, site.k)
-            return sqnr(exact, Product(replace(solution, q=packed), choice, weight, torch.float32)(x.float()))
-        if choice.input is None:
-            y = OPS["linear"].reference(x, self.packed[site.name], str(choice.weight))
-        else:
-            codes, *scale = OPS["quantize"].reference(x, [], str(choice.input))
-            y = OPS["scaled_linear"].reference(codes, scale, self.packed[site.name], spell(choice.input, choice.weight))
-        return sqnr(exact, y)
+                weight = view(self._whole[site.param.index], site.view)
+                self.output_db[name] = output_db(choice, x.to(self._dtypes[name]), which, weight, self.packed[name], self._solution(site))
 
 
 def _kernel(graph: CompiledGraph, site: Site) -> str:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from qcompile.core.qtensor import QTensor
+from qcompile.core.recipe import Choice
 from qcompile.tables import EXACT_DB
+
+if TYPE_CHECKING:
+    from qcompile.core.solution import Solution
 
 
 def sqnr(exact: Tensor, approximate: Tensor) -> float | None:
@@ -29,3 +38,34 @@ def ratio(signal: float, noise: float) -> float | None:
 def level(signal: float, noise: float) -> float:
     """Energies in dB, ``signal`` positive; infinite where there is no noise."""
     return 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10()) if noise else float("inf")
+
+
+def output_db(choice: Choice, x: Tensor, which: Tensor | None, weight: Tensor, packed: Sequence[Tensor], solution: Solution | None) -> float | None:
+    """SQNR of the product of x (..., K) and a weight (N, K), quantized as ``choice`` and ``solution`` say; of rows (S, K) and a stack (E, N, K) of which ``which`` (S,) names one for each row, over
+    all rows whose expert there is. None where x has no rows."""
+    if which is None:
+        exact = x.float() @ weight.float().T
+        return sqnr(exact, _product(choice, x, weight, packed, solution))
+    signal = noise = 0.0
+    for e in sorted({int(e) for e in which.unique()} & set(range(weight.shape[0]))):
+        rows = x[which == e]
+        exact = rows.float() @ weight[e].float().T
+        signal += energy(exact)
+        noise += energy(exact - _product(choice, rows, weight[e], [t[e] for t in packed], solution).float())
+    return ratio(signal, noise)
+
+
+def _product(choice: Choice, x: Tensor, weight: Tensor, packed: Sequence[Tensor], solution: Solution | None) -> Tensor:
+    """What the quantized linear gives, by its reference."""
+    from qcompile.kernels import OPS
+    from qcompile.kernels.scaled_linear import spell
+    from qcompile.solve import Product
+
+    if solution is not None:
+        return Product(replace(solution, q=QTensor.unflatten(packed, choice.weight, x.shape[-1])), choice, weight, torch.float32)(x.float())
+    if choice.input is None:
+        y: Tensor = OPS["linear"].reference(x, packed, str(choice.weight))
+        return y
+    codes, *scale = OPS["quantize"].reference(x, [], str(choice.input))
+    y = OPS["scaled_linear"].reference(codes, scale, packed, spell(choice.input, choice.weight))
+    return y

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 from explained import EAGER, IDS, Block, tiny
+from tiny_models import tiny as tiny_model
 from torch import nn
 
 import qcompile
+from qcompile.core.qtensor import dequantize, quantize
+from qcompile.core.scheme import Scheme
+from qcompile.kernels.quantize import reference as quantize_input
 from qcompile.measure import sqnr
 
 
@@ -308,9 +312,27 @@ def test_stacked_experts():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.bmm(x, self.w)
 
-    row = qcompile.explain(torch.compile(Experts(), backend="qcompile", options=EAGER), torch.randn(4, 5, 32)).sites[0]
-    assert (row.role, row.shape, row.rows, row.output_db) == ("experts", (4, 48, 32), 20, None) and row.weight_db > 30
+    model, x = Experts(), torch.randn(4, 5, 32)
+    row = qcompile.explain(torch.compile(model, backend="qcompile", options=EAGER), x).sites[0]
+    assert (row.role, row.shape, row.rows) == ("experts", (4, 48, 32), 20) and row.weight_db > 30
+    w, rounded = model.w.detach().mT, Scheme.parse("int8.row")
+    codes, scale = quantize_input(x, [], "int8.row")
+    exact, got = x.double() @ w.double().mT, (codes.double() * scale.double()) @ dequantize(quantize(w, rounded), torch.float64).mT
+    assert row.output_db == pytest.approx(decibels(exact.numpy(), got.numpy()), abs=1e-2)
     assert row.flops == 2 * 20 * 32 * 48 and row.bits == 8 + 32 / 32
+
+
+def test_outputs_of_experts_of_a_model():
+    """Whatever form they run in; noise of weights that are rounded alone is as strong behind the product."""
+    found = []
+    for form in ("grouped_mm", "batched_mm"):
+        torch._dynamo.reset()
+        model, inputs = tiny_model("mixtral", num_hidden_layers=1, experts_implementation=form)
+        report = qcompile.explain(torch.compile(model, backend="qcompile", options=EAGER | {"recipe": "W8A16"}), **inputs)
+        rows = {row.name.rpartition(".")[2]: row for row in report.sites if row.role == "experts"}
+        assert set(rows) == {"gate_up_proj", "down_proj"} and all(row.output_db == pytest.approx(row.weight_db, abs=2) for row in rows.values())
+        found.append([rows[name].output_db for name in sorted(rows)])
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_released():

@@ -70,7 +70,7 @@ class TrainingGraph(CompiledGraph):
         seen: dict[str, Tensor] = {}
         together = self.options.training.get("reduce", True)
         if read:
-            run_observed(self.matched, [concrete(a) for a in args], read, lambda site, x: seen.__setitem__(site, x.detach().clone()))
+            run_observed(self.matched, [concrete(a) for a in args], read, lambda site, x, _: seen.__setitem__(site, x.detach().clone()))
         for slot in missing:
             p = args[slot.arg]
             with compat.no_dispatch_modes(), torch.no_grad():

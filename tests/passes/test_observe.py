@@ -57,7 +57,7 @@ def test_values_are_those_of_the_model_and_nothing_is_left_behind():
     seen: dict[str, torch.Tensor] = {}
     buffers = [a.clone() for a in args]
     state = torch.get_rng_state()
-    run_observed(gm, args, {"q", "o"}, lambda name, x: seen.__setitem__(name, x))
+    run_observed(gm, args, {"q", "o"}, lambda name, x, which: seen.__setitem__(name, x))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(args, buffers))
     assert set(seen) == {"q", "o"} and torch.equal(seen["q"], X)
