@@ -31,22 +31,24 @@ def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> 
 
 
 def cpu() -> str:
-    """Markdown of the CPU's numbers."""
-    report, other, demo = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "run-xeon.json", "demo.json"))
-    recipes, rows = list(dict.fromkeys(r["recipe"] for r in report["linear"])), sorted({r["m"] for r in report["linear"]})
-    found = [{(r["recipe"], r["m"]): r["ratio"] for r in one["linear"]} for one in (report, other)]
-    overhead, times = report["overhead"], report["compile"]
+    """Markdown of the CPU's numbers: three machines, the last of which has AVX2 alone and was measured last."""
+    *reports, demo = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "run-xeon.json", "run-avx2.json", "demo.json"))
+    latest = reports[-1]
+    recipes, rows = list(dict.fromkeys(r["recipe"] for r in latest["linear"])), sorted({r["m"] for r in latest["linear"]})
+    found = [{(r["recipe"], r["m"]): r["ratio"] for r in one["linear"]} for one in reports]
+    overhead, times = latest["overhead"], latest["compile"]
     cold, warm = ([times[f"{recipe}_{when}"]["seconds"] for recipe in ("W8A8", "fp32")] for when in ("cold", "warm"))
-    slow, quick = (next(r["fp32_ms"] for r in one["linear"] if r["m"] == 1) for one in (report, other))
+    fp32 = [next(r["fp32_ms"] for r in one["linear"] if r["m"] == 1) for one in reports]
+    names = " / ".join(f"{one['cpu']} ({'AVX-512 VNNI' if 'avx512_vnni' in one['flags'] else 'AVX2'}; fp32 at one row {ms:.2f} ms)" for one, ms in zip(reports, fp32))
+    goals = ", ".join(f"{r['ratio']:.2f} at {r['m']} row{'s' * (r['m'] > 1)} ({'met' if r['met'] else 'missed'})" for r in latest["linear"] if r.get("goal"))
     lines = [
-        f"An `nn.Linear` of 2048 x 2048, times as fast as compiled fp32 in the same run, {report['threads']} threads, torch {report['versions']['torch']}: {report['cpu']} / {other['cpu']} "
-        f"(where fp32 itself takes {quick:.1f} ms at one row, not {slow:.1f}):",
+        f"An `nn.Linear` of 2048 x 2048, times as fast as compiled fp32 in the same run, {latest['threads']} threads, torch {latest['versions']['torch']}: {names}. With AVX2 alone the goal for W8A8 is twice as fast: {goals}.",
         "",
         "| M | " + " | ".join(recipes) + " |",
         "| --- |" + " --- |" * len(recipes),
         *(f"| {m} | " + " | ".join(" / ".join(f"{one[recipe, m]:.2f}" for one in found) for recipe in recipes) + " |" for m in rows),
         "",
-        f"On the first of them, a call of a {overhead['layers']}-layer model takes {overhead['ratio']:.3f} times plain Inductor's with every linear ignored; checking {overhead['parameters']} weights takes {overhead['check_ms'] * 1e3:.0f} us. "
+        f"On the last of them, a call of a {overhead['layers']}-layer model takes {overhead['ratio']:.3f} times plain Inductor's with every linear ignored; checking {overhead['parameters']} weights takes {overhead['check_ms'] * 1e3:.0f} us. "
         f"The shipped model compiles under W8A8 in {times['cold_ratio']:.2f} times the CPU time of fp32 ({cold[0]:.1f} s against {cold[1]:.1f} s of wall time), and starts from warm caches in {warm[0]:.1f} s against {warm[1]:.1f} s. "
         f"`make demo` ({demo['cpu']}, {demo['threads']} threads, {demo['seconds']:.0f} s); the model's linears are so small (256 x 640) that calls cost more than reading fp32 weights out of a large cache:",
         "",
