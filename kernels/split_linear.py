@@ -26,6 +26,10 @@ ROWS = 8
 """Up to so many rows the kernel gathers columns of the activations itself: two bytes of each row and column take a sector of their own, for every tile of the weight."""
 
 
+COLUMNS = 256
+"""More of them are a product that a library is better at; the kernel's dots are written out."""
+
+
 def gathered_x(x16: Tensor, index: Tensor, gather: bool) -> Tensor:
     """(..., C) of the op's ``x16``; zeros where ``index`` is -1."""
     return torch.where(index >= 0, x16.index_select(-1, index.clamp(min=0)), 0) if gather else x16
@@ -69,7 +73,7 @@ def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16
         return op(x, list(x_scale), linear.flat_scales(weight, sw, x.shape[-1]), x16, w16, index, gather_x, gather_w, f"{sx} @ {flat}" if sx else flat)
     if c.device.type != "cuda":
         return NotImplemented
-    if x16.dtype.itemsize != 2:
+    if x16.dtype.itemsize != 2 or int(index.shape[0]) > COLUMNS:
         return apart(x, x_scale, weight, x16, w16, index, gather_x, gather_w, scheme)
     first_x = gather_x and (c.m is None or c.m > ROWS)
     first_w = gather_w and (c.m is None or c.m > FEW or w16.stride(-1) != 1)

@@ -24,6 +24,7 @@ from . import experts, outliers
 from .infra import graph_pass
 from .match import chosen
 from .merge import bias_of
+from .parts import stays
 from .sites import CASTS, Site, cast_to, example, is_transpose
 from .slots import leader, slot_inputs, slot_of, slots_of
 
@@ -110,7 +111,12 @@ class Builder:
             y.meta = {**node.meta, "example_value": value.new_empty((*value.shape[:-1], sum(s.n for s in sites)), dtype=torch.float32)}
             self._merged[kin] = y, self._to(graph, self._biased(graph, y, sites), value.dtype)
         y, whole = self._merged[kin]
-        return y, graph.call_function(torch.narrow, (whole, -1, sum(s.n for s in sites[: kin.index(site.name)]), site.n))  # a function: AOTAutograd's cache passes over methods of untyped nodes
+        value, start = example(node), sum(s.n for s in sites[: kin.index(site.name)])
+        part = graph.call_function(torch.narrow, (whole, -1, start, site.n))  # a function: AOTAutograd's cache passes over methods of untyped nodes
+        if not stays(node, value.new_empty((*value.shape[:-1], sum(s.n for s in sites))).narrow(-1, start, site.n)):
+            part.meta["example_value"] = value
+            part = graph.call_method("contiguous", (part,))
+        return y, part
 
     def _biased(self, graph: fx.Graph, y: fx.Node, sites: list[Site]) -> fx.Node:
         """The product of all kin with their biases, zeros for those that have none."""
@@ -154,8 +160,11 @@ class Builder:
         how, graph = outliers.dynamic(choice), self.gm.graph
         if how is None:
             return self._slot("columns", site, choice), False
+        whole = node.args[1]
+        while isinstance(whole, fx.Node) and whole.target in CASTS:  # the op casts what it reads
+            whole = whole.args[0]
         if not how.codes and not choice.smooth:
-            return node.args[1], True  # type: ignore[return-value]
+            return whole, True  # type: ignore[return-value]
         index = graph.call_function(torch.clamp, (split.index, 0))
         if how.codes:
             return graph.call_function(target("columns"), (weight, index, str(choice.weight), site.k)), False

@@ -66,7 +66,7 @@ def _alone(node: fx.Node, site: Site, choice: Choice, paired: bool) -> Skip | No
     if site.stored is not None:
         return Skip("the module holds its codes")
     bias = bias_of(node)
-    if choice.corrected or (bias is not None and (bias.op != "placeholder" or paired)):
+    if choice.corrected or (bias is not None and (bias.op != "placeholder" or paired or tuple(example(bias).shape) != (site.n,))):
         return Skip("its bias is added in its own store")
     return None
 

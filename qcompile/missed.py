@@ -36,7 +36,10 @@ def regroup(graph: CompiledGraph, inputs: Sequence[Any]) -> str:
     """Experts that a graph's routers choose and that are told to run one by one run grouped from now on, in this call already: Dynamo has not come to them yet. What was done, in words, if anything."""
     found = [owner for owner in _looped(graph, inputs) if _has_forms(owner)]
     for owner in found:
-        owner.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+        try:
+            owner.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+        except (AttributeError, TypeError):  # a configuration of another kind, which cannot be told
+            return LOOP
     return GROUPED if found else ""
 
 
@@ -46,17 +49,18 @@ def _looped(graph: CompiledGraph, inputs: Sequence[Any]) -> list[nn.Module]:
     if not routers:
         return []
     names, taken = owners(), {id(x) for x in inputs}
+    left = [rule for rule in graph.options.recipe.rules if rule.weight is None]
     beside = tuple(names[id(r)][1].rpartition(".")[0] + "." for r in routers if id(r) in names)
     return [
         owner
         for id_, (owner, path, name) in names.items()
-        if path.startswith(beside) and id_ not in taken and owner._parameters[name].dim() == 3 and _one_by_one(owner)  # type: ignore[union-attr]
+        if path.startswith(beside) and id_ not in taken and owner._parameters[name].dim() == 3 and _one_by_one(owner) and not any(rule.matches(f"{path}.{name}", type(owner).__name__) for rule in left)  # type: ignore[union-attr]
     ]
 
 
 def _has_forms(experts: nn.Module) -> bool:
-    """Its forward is transformers' dispatcher around the loop: the configuration chooses between forms of one computation."""
-    return hasattr(type(experts).forward, "__wrapped__")
+    """Its forward is transformers' dispatcher around the loop (its class has the attributes that the forms read): the configuration chooses between forms of one computation."""
+    return hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "is_transposed")
 
 
 def _one_by_one(module: nn.Module) -> bool:

@@ -46,6 +46,7 @@ def output_db(choice: Choice, x: Tensor, which: Tensor | None, weight: Tensor, p
     if which is None:
         exact = x.float() @ weight.float().T
         return sqnr(exact, _product(choice, x, weight, packed, solution))
+    choice = replace(choice, methods=tuple(m for m in choice.methods if m.name != "outliers"))  # stacked experts are not split
     signal = noise = 0.0
     for e in sorted({int(e) for e in which.unique()} & set(range(weight.shape[0]))):
         rows = x[which == e]

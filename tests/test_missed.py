@@ -93,6 +93,14 @@ def test_experts_that_know_no_other_form():
         torch.compile(model, backend="qcompile", options=EAGER | {"recipe": "W8A16", "strict": True})(**inputs)
 
 
+def test_experts_that_a_rule_leaves_alone_stay_in_their_loop():
+    model, inputs = tiny("mixtral", num_hidden_layers=1)
+    model.set_experts_implementation("eager")
+    with torch.no_grad(), said() as texts:
+        torch.compile(model, backend="qcompile", options=EAGER | {"recipe": "W8A16", "ignore": ["re:.*experts.*"]})(**inputs)
+    assert model.config._experts_implementation == "eager" and not [text for text in texts if "Python loop" in text]
+
+
 @pytest.mark.parametrize("what", ["module", "other backend", "function", "grad", "disabled"])
 def test_nothing_ran(what):
     layer = nn.Linear(32, 32)

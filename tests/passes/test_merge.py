@@ -204,6 +204,55 @@ def test_a_gated_unit_with_biases(built, dtype):
     assert built[-1].merged["up"] == ("gate", "up") and "linear_glu" not in text(built[-1].lowered)
 
 
+class Laid(nn.Module):
+    """Two linears of one input, the first of which is looked at as it lies: rows without gaps."""
+
+    def __init__(self, how: str, bias: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(32, 48, bias=bias), nn.Linear(32, 48, bias=bias), how
+
+    def forward(self, x: torch.Tensor):
+        y, z = self.a(x), self.b(x)
+        if self.how == "view":
+            return y.view(x.shape[0], -1, 16).transpose(0, 1) + 1, z * 2
+        if self.how == "view of a view":
+            return y.view(*x.shape[:-1], 3, 16).view(-1) + 1, z * 2
+        if self.how == "heads":
+            return y.view(*x.shape[:-1], 3, 16).transpose(1, 2) + 1, z * 2
+        if self.how == "as_strided":
+            return y.as_strided((2, 3), (48, 1)) * 1, z * 2
+        return y, z.chunk(2, -1)[1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize(("how", "copies"), [("view", 1), ("view of a view", 1), ("heads", 0), ("as_strided", 1), ("output", 2)])
+def test_columns_that_are_looked_at_as_they_lie(built, how, copies, lower, bias):
+    """Copied out where the gaps between them would be seen, and nowhere else; what leaves the graph lies as the model's own would."""
+    model, x = Laid(how, bias), torch.randn(4, 5, 32)
+    with torch.no_grad():
+        got, wanted = fast(model, lower, recipe="W8A16")(x), model(x)
+    assert built[-1].merged["b"] == ("a", "b")
+    assert got[0].stride() == wanted[0].stride() and all(close(g, w, 0.02) for g, w in zip(got, wanted))
+    assert sum(n.target == "contiguous" for n in built[-1].lowered.graph.nodes) == copies
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, 48)])
+def test_biases_of_other_shapes_stay_in_their_own_store(built, shape):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.bias = nn.Linear(32, 48), nn.Linear(32, 48), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) * torch.nn.functional.linear(x, self.b.weight, self.bias)
+
+    model, x = Odd(), torch.randn(5, 32)
+    with torch.no_grad():
+        assert close(fast(model, recipe="W8A16")(x), model(x), 0.03)
+    assert built[-1].merged == {}
+
+
 def test_a_bias_that_is_computed_stays_where_it_is(built):
     class Computed(nn.Module):
         def __init__(self) -> None:
