@@ -34,7 +34,8 @@ def _reads(user: fx.Node, node: fx.Node, part: Tensor) -> bool:
     if name not in VIEWS or not user.args or user.args[0] is not node:
         return True
     try:
-        args, kwargs = (fx.map_arg(given, _value) for given in (user.args[1:], user.kwargs))
+        args: Any = fx.map_arg(user.args[1:], _value)
+        kwargs: Any = fx.map_arg(user.kwargs, _value)
         return stays(user, getattr(torch.Tensor, name)(part, *args, **kwargs))
     except (RuntimeError, TypeError, ValueError):  # what torch says of a view that there is not
         return False
