@@ -1,6 +1,6 @@
 """The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage|sweep|train [--write]`.
 
-`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json` and `run-xeon.json` are of `run.py cpu` on two machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/gpu.json` are the rows of `run.py gpu`. Nothing is computed here but ratios and shares of the floor.
+`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json`, `run-xeon.json` and `run-avx2.json` are of `run.py cpu` on three machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/gpu.json` are the rows of `run.py gpu`. Nothing is computed here but ratios and shares of the floor.
 """
 
 from __future__ import annotations

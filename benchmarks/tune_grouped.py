@@ -21,14 +21,14 @@ import torch
 from cases import Moe
 from gpu_moe import COPIES, Grouped, inputs, truth
 from standalone import load, render
-from tune import OUT, PARTS, RECIPES, TYPES, graphed, row, save, warm
+from tune import OUT, PARTS, RECIPES, TYPES, graphed, row, save, tile_of, warm
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import grouped, stream
 from qcompile.kernels.op import Case
 from qcompile.kernels.quantize import reference as quantize_activations
-from qcompile.kernels.tuned import FIELDS, GROUP_M, Tile, arithmetic
+from qcompile.kernels.tuned import GROUP_M, Tile, arithmetic
 
 EXPERTS, TOP, N, K = 128, 8, 768, 2048
 TOKENS = (1, 64, 1024, 4096)
@@ -69,7 +69,7 @@ def case(job: Job) -> Case:
 def source(job: Job) -> tuple[str, dict[str, str]]:
     """The kernel's text and the Triton dtype of each pointer."""
     c = case(job)
-    loop = stream.loop(c.input, c.weight, N, K, stream.operand(c), False, place=grouped.PLACE, parts=job.tile[6], paired=stream.pairs(c, dict(zip(FIELDS, job.tile))))
+    loop = stream.loop(c.input, c.weight, N, K, stream.operand(c), False, place=grouped.PLACE, parts=job.tile[6], paired=stream.pairs(c, tile_of(job)))
     shapes: dict[str, tuple[int, ...]] = {"X": (c.m or 0, K), "INDEX": (EXPERTS,)}
     types = {"X": TYPES[c.dtype], "INDEX": TYPES[torch.int32]}
     for name, t in zip(("W", "S"), quantize(torch.ones(1, 16, K), c.weight).flatten()):

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile import compat
 from qcompile.core.errors import Skip, unknown
 
-from . import grouped, linear, scaled_linear, stream, tuned
-from .op import FEW, Case, Kernel, Op, rows_of, target, two_dimensional
+from . import product, stream, tuned
+from .op import FEW, Case, Kernel, Op, always, target, two_dimensional, two_dimensional_scales
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,12 @@ def _gated(y: Tensor, activation: str, gate_first: bool) -> Tensor:
 
 def reference(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str, activation: str, gate_first: bool) -> Tensor:
     """(..., K) -> (..., I), float32; ``x_scale`` as ``quantize`` gives it, ``weight`` as ``QTensor.flatten`` of the (2 I, K) matrix does. OptionError for an activation that is not in the table."""
-    sx, _ = grouped.parse(scheme)
-    y = linear.reference(x, weight, scheme) if sx is None else scaled_linear.reference(x, x_scale, weight, scheme)
-    return _gated(y, activation, gate_first)
+    return _gated(product.reference(x, x_scale, weight, scheme), activation, gate_first)
 
 
 def apart(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str, activation: str, gate_first: bool) -> Tensor:
     """The same as a product, by the kernel that it has, and plain torch behind it."""
-    sx, _ = grouped.parse(scheme)
-    y = target("linear")(x, list(weight), scheme) if sx is None else target("scaled_linear")(x, list(x_scale), list(weight), scheme)
-    return _gated(y, activation, gate_first)
+    return _gated(product.call(x, x_scale, weight, scheme), activation, gate_first)
 
 
 def fake(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str, activation: str, gate_first: bool) -> Tensor:
@@ -92,27 +87,22 @@ def fake(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme:
 
 def case(x: Any, x_scale: Sequence[Any], weight: Sequence[Any], scheme: str, activation: str, gate_first: bool) -> Case:
     """The case of one call, that of the whole product: ``n`` counts the rows of both halves. Tensors and IR nodes alike."""
-    sx, sw = grouped.parse(scheme)
-    shape, device = compat.sizes(x), compat.device_of(x)
-    return Case(device, x.dtype, sw, sx, int(compat.sizes(weight[0])[-2]), int(shape[-1]), rows_of(shape[0], device))
+    return product.case(x, weight, scheme)
 
 
 def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], scheme: str, activation: str, gate_first: bool) -> Any:
     """N-D activations to 2-D; quantized weight scales to float32 scales."""
-    sx, sw = grouped.parse(scheme)
     if x.dim() != 2:
-        scales = [two_dimensional(s) if s.dim() == x.dim() else s for s in x_scale]
-        out = target("linear_glu")(two_dimensional(x), scales, list(weight), scheme, activation, gate_first)
+        out = target("linear_glu")(two_dimensional(x), two_dimensional_scales(x, x_scale), list(weight), scheme, activation, gate_first)
         return out.reshape(*x.shape[:-1], weight[0].shape[-2] // 2)
-    if sw.scale is not None and not stream.takes_scales(case(x, x_scale, weight, scheme, activation, gate_first)):
-        flat = str(linear.unnested(sw))
-        return target("linear_glu")(x, list(x_scale), linear.flat_scales(weight, sw, x.shape[-1]), f"{sx} @ {flat}" if sx else flat, activation, gate_first)
+    if (flat := product.flattened(x, weight, scheme)) is not None:
+        return target("linear_glu")(x, list(x_scale), *flat, activation, gate_first)
     return NotImplemented
 
 
 def supports(c: Case) -> Skip | None:
     """Where the whole product would be streamed, and no library is ahead: asked of the product's own table of kernels."""
-    kernel, reason = (linear.OP if c.input is None else scaled_linear.OP).choose(c)
+    kernel, reason = product.op_of(c).choose(c)
     if kernel is None:
         return reason
     if kernel.name == "triton stream":
@@ -129,10 +119,6 @@ def gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], sc
     return stream.lower(c, "linear_glu", [x, *weight, *x_scale[:1]], scheme, tuned.gated(c), gate)
 
 
-def _always(c: Case) -> Skip | None:
-    return None
-
-
 OP = Op(
     "linear_glu",
     "(Tensor x, Tensor[] x_scale, Tensor[] weight, str scheme, str activation, bool gate_first) -> Tensor",
@@ -141,8 +127,8 @@ OP = Op(
     case,
     (
         Kernel("triton stream, gated", "cuda", supports, gpu_lower),
-        Kernel("product, then the activation", "cuda", _always, None, apart),
-        Kernel("product, then the activation", "cpu", _always, None, apart),
+        Kernel("product, then the activation", "cuda", always, None, apart),
+        Kernel("product, then the activation", "cpu", always, None, apart),
     ),
     simplify,
 )

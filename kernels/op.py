@@ -9,7 +9,7 @@ N-dimensional activations are brought to two dimensions on the way in, at the AT
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,3 +162,13 @@ def rows_of(size: Any, device: torch.device) -> int | None:
 def two_dimensional(x: Tensor) -> Tensor:
     """(..., K) as (M, K)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def two_dimensional_scales(x: Tensor, x_scale: Sequence[Tensor]) -> list[Tensor]:
+    """Scales of ``two_dimensional(x)``: those that have x's axes as (M, ...), those of a whole tensor as they are."""
+    return [two_dimensional(s) if s.dim() == x.dim() else s for s in x_scale]
+
+
+def always(c: Case) -> Skip | None:
+    """``supports`` of what is no kernel of its own."""
+    return None

@@ -86,13 +86,13 @@ SOURCE = """
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
     peak = tl.zeros((BLOCK,), dtype=tl.float32)
-    low = tl.zeros((BLOCK,), dtype=tl.int1)
+    unknown = tl.zeros((BLOCK,), dtype=tl.int1)
     for r in tl.range(0, ROWS, loop_unroll_factor=UNROLL):
         x = tl.abs(tl.load(X + r * stride_xm + column, mask=inside, other=0.0).to(tl.float32))
-        low = low | (x != x)
+        unknown = unknown | (x != x)
         peak = tl.maximum(peak, x)
     # bits of the maximum and one more, which orders as the maxima do; 0 for what stays below the threshold, and for NaN
-    key = tl.where(inside & (peak >= THRESHOLD) & (low == 0), peak.to(tl.int32, bitcast=True) + 1, 0)
+    key = tl.where(inside & (peak >= THRESHOLD) & (unknown == 0), peak.to(tl.int32, bitcast=True) + 1, 0)
     passed = tl.sum((key > 0).to(tl.int32), 0)
     ones = (key > 0).to(tl.int32)
     total = passed

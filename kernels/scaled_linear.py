@@ -22,7 +22,7 @@ from qcompile.core.scheme import GROUPS, Scheme
 from . import stream, tiles, tuned
 from .cpu import ops as cpu
 from .linear import blocks, flat_scales, unnested
-from .op import MIDDLE, Case, Kernel, Op, rows_of, target, two_dimensional
+from .op import MIDDLE, Case, Kernel, Op, rows_of, target, two_dimensional, two_dimensional_scales
 
 
 def spell(x: Scheme, weight: Scheme) -> str:
@@ -72,8 +72,7 @@ def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], sch
     """N-D activations to 2-D; quantized weight scales to float32 scales."""
     sx, sw = parse(scheme)
     if x.dim() != 2:
-        scales = [two_dimensional(s) if s.dim() == x.dim() else s for s in x_scale]
-        return target("scaled_linear")(two_dimensional(x), scales, list(weight), scheme).reshape(*x.shape[:-1], weight[0].shape[-2])
+        return target("scaled_linear")(two_dimensional(x), two_dimensional_scales(x, x_scale), list(weight), scheme).reshape(*x.shape[:-1], weight[0].shape[-2])
     if sw.scale is not None and not stream.takes_scales(case(x, x_scale, weight, scheme)):
         return target("scaled_linear")(x, list(x_scale), flat_scales(weight, sw, x.shape[-1]), spell(sx, unnested(sw)))
     return NotImplemented

@@ -18,14 +18,12 @@ from torch import Tensor
 from qcompile import compat
 from qcompile.core.errors import Skip
 
-from . import grouped, linear, scaled_linear, stream, tuned
+from . import product, stream, tuned
 from .beside import Beside
-from .op import FEW, Case, Kernel, Op, rows_of, target, two_dimensional
+from .op import FEW, Case, Kernel, Op, always, target, two_dimensional, two_dimensional_scales
 
 ROWS = 8
 """Up to so many rows the kernel gathers columns of the activations itself: two bytes of each row and column take a sector of their own, for every tile of the weight."""
-
-
 COLUMNS = 256
 """More of them are a product that a library is better at; the kernel's dots are written out."""
 
@@ -42,9 +40,7 @@ def gathered_w(w16: Tensor, index: Tensor, gather: bool) -> Tensor:
 
 def reference(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16: Tensor, w16: Tensor, index: Tensor, gather_x: bool, gather_w: bool, scheme: str) -> Tensor:
     """(..., N) float32. Columns of the weight are rounded to the dtype of ``x16``, as the factors of any linear of that dtype are."""
-    sx, _ = grouped.parse(scheme)
-    y = linear.reference(x, weight, scheme) if sx is None else scaled_linear.reference(x, x_scale, weight, scheme)
-    return y + gathered_x(x16, index, gather_x).float() @ gathered_w(w16, index, gather_w).to(x16.dtype).float().T
+    return product.reference(x, x_scale, weight, scheme) + gathered_x(x16, index, gather_x).float() @ gathered_w(w16, index, gather_w).to(x16.dtype).float().T
 
 
 def fake(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16: Tensor, w16: Tensor, index: Tensor, gather_x: bool, gather_w: bool, scheme: str) -> Tensor:
@@ -54,23 +50,18 @@ def fake(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16: Te
 
 def case(x: Any, x_scale: Sequence[Any], weight: Sequence[Any], x16: Any, w16: Any, index: Any, gather_x: bool, gather_w: bool, scheme: str) -> Case:
     """That of the quantized product."""
-    sx, sw = grouped.parse(scheme)
-    shape, device = compat.sizes(x), compat.device_of(x)
-    return Case(device, x.dtype, sw, sx, int(compat.sizes(weight[0])[-2]), int(shape[-1]), rows_of(shape[0], device))
+    return product.case(x, weight, scheme)
 
 
 def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16: Tensor, w16: Tensor, index: Tensor, gather_x: bool, gather_w: bool, scheme: str) -> Any:
     """N-D activations to 2-D; quantized weight scales to float32 scales; columns gathered first where many rows or tiles of them would gather the same again and again, or strides are long."""
-    sx, sw = grouped.parse(scheme)
     op = target("split_linear")
     if x.dim() != 2:
-        scales = [two_dimensional(s) if s.dim() == x.dim() else s for s in x_scale]
-        out = op(two_dimensional(x), scales, list(weight), two_dimensional(x16), w16, index, gather_x, gather_w, scheme)
+        out = op(two_dimensional(x), two_dimensional_scales(x, x_scale), list(weight), two_dimensional(x16), w16, index, gather_x, gather_w, scheme)
         return out.reshape(*x.shape[:-1], weight[0].shape[-2])
-    c = case(x, x_scale, weight, x16, w16, index, gather_x, gather_w, scheme)
-    if sw.scale is not None and not stream.takes_scales(c):
-        flat = str(linear.unnested(sw))
-        return op(x, list(x_scale), linear.flat_scales(weight, sw, x.shape[-1]), x16, w16, index, gather_x, gather_w, f"{sx} @ {flat}" if sx else flat)
+    if (flat := product.flattened(x, weight, scheme)) is not None:
+        return op(x, list(x_scale), flat[0], x16, w16, index, gather_x, gather_w, flat[1])
+    c = product.case(x, weight, scheme)
     if c.device.type != "cuda":
         return NotImplemented
     if x16.dtype.itemsize != 2 or int(index.shape[0]) > COLUMNS:
@@ -84,16 +75,13 @@ def simplify(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16
 
 def apart(x: Tensor, x_scale: Sequence[Tensor], weight: Sequence[Tensor], x16: Tensor, w16: Tensor, index: Tensor, gather_x: bool, gather_w: bool, scheme: str) -> Tensor:
     """The same as two products and their sum, the quantized one by the kernel that it has."""
-    sx, _ = grouped.parse(scheme)
-    y = target("linear")(x, list(weight), scheme) if sx is None else target("scaled_linear")(x, list(x_scale), list(weight), scheme)
     w = gathered_w(w16, index, gather_w).to(x16.dtype)
-    out: Tensor = y + (gathered_x(x16, index, gather_x) @ w.transpose(0, 1)).float()
-    return out
+    return product.call(x, x_scale, weight, scheme) + (gathered_x(x16, index, gather_x) @ w.transpose(0, 1)).float()
 
 
 def supports(c: Case) -> Skip | None:
     """Where the quantized product would be streamed: asked of its own table of kernels."""
-    kernel, reason = (linear.OP if c.input is None else scaled_linear.OP).choose(c)
+    kernel, reason = product.op_of(c).choose(c)
     if kernel is None:
         return reason
     return None if kernel.name == "triton stream" else Skip(f"a product of {c.m} rows is left to {kernel.name}")
@@ -104,10 +92,6 @@ def _gpu_lower(c: Case, x: Any, x_scale: Sequence[Any], weight: Sequence[Any], x
     return stream.lower(c, "split_linear", [x, *weight, *x_scale[:1], x16, w16, *([index] if beside.indexed else [])], scheme, tuned.config(c), beside=beside)
 
 
-def _always(c: Case) -> Skip | None:
-    return None
-
-
 OP = Op(
     "split_linear",
     "(Tensor x, Tensor[] x_scale, Tensor[] weight, Tensor x16, Tensor w16, Tensor index, bool gather_x, bool gather_w, str scheme) -> Tensor",
@@ -116,8 +100,8 @@ OP = Op(
     case,
     (
         Kernel("triton stream, and columns", "cuda", supports, _gpu_lower),
-        Kernel("two products", "cuda", _always, None, apart),
-        Kernel("two products", "cpu", _always, None, apart),
+        Kernel("two products", "cuda", always, None, apart),
+        Kernel("two products", "cpu", always, None, apart),
     ),
     simplify,
 )

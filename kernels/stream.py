@@ -144,7 +144,7 @@ class _Text:
         self.factor = 1 if self.decoder is None else self.decoder.factor
         self.even = k % BLOCK == 0
         assert not paired or (self.decoder is not None and self.even and parts == 1), "only whole blocks of what is decoded are read in pairs"
-        self.pair = 2 if paired else 1
+        self.paired = paired
 
     def loop(self) -> tiles.Loop:
         step = [*self._weights(), *self._sums()]
@@ -189,7 +189,7 @@ class _Text:
         """Statements that set the addresses of the first step's tiles, ``x_at`` and ``w_at``: rows, the columns of one piece, of each part those that begin it."""
         columns = "column" if self._pieces()[0][0] == SUB else "wide"
         lines = [self._place("x_at", "X", "rm", "stride_xm", columns, self.span)]
-        if self.pair > 1:
+        if self.paired:
             pair = f"tl.arange(0, {self._pieces()[0][0] // 2})"
             return lines + [self._place(f"w_at{u}", "W.to(tl.pointer_type(tl.int16), bitcast=True)", f"rn{u}", "(stride_wn // 2)", pair, 0) for u in self.sums]
         return lines + [self._place(f"w_at{u}", "W", f"rn{u}", "stride_wn", columns, self.span // 2 if self.packed else self.span) for u in self.sums]
@@ -205,18 +205,16 @@ class _Text:
         if self.packed:
             assert self.decoder is not None
             for u in self.sums:
-                lines += [f"code{u} = tl.load(w_at{u} + k // {2 * self.pair})", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}", paired=(self.pair - 1) * SUB)]
+                lines += [f"code{u} = tl.load(w_at{u} + k // {4 if self.paired else 2})", self.decoder.call(f"code{u}", f"w0{u}", f"w1{u}", paired=SUB if self.paired else 0)]
         for i, (columns, at) in enumerate(self._pieces()):
             step = f"k + {at}" if at else "k"
             inside = [] if self.even else [f"({step} + {'column' if columns == SUB else 'wide'} < K)[None, :]"]
             lines.append(f"x{i} = tl.load(x_at + {step}{_mask([*([] if self.whole else ['live']), *inside], self.integer)})")
             for u in self.sums if not self.packed else ():
                 name = f"code{i}{u}" if self.decoder else f"w{i}{u}"
-                lines.append(f"{name} = tl.load(w_at{u} + {step if self.pair == 1 else f'({step}) // 2'}{_mask(inside, self.w.fmt.kind == 'int')})")
-                if self.decoder and self.pair > 1:
-                    lines.append(self.decoder.call(name, f"w{i}{u}", paired=columns))
-                elif self.decoder:
-                    lines.append(self.decoder.call(f"{name}.to(tl.uint8, bitcast=True)", f"w{i}{u}"))
+                lines.append(f"{name} = tl.load(w_at{u} + {f'({step}) // 2' if self.paired else step}{_mask(inside, self.w.fmt.kind == 'int')})")
+                if self.decoder:
+                    lines.append(self.decoder.call(name if self.paired else f"{name}.to(tl.uint8, bitcast=True)", f"w{i}{u}", paired=columns if self.paired else 0))
                 elif not self.integer and self.x is None:
                     lines.append(f"w{i}{u} = w{i}{u}.to({self.dot})")
         return lines

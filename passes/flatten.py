@@ -14,18 +14,17 @@ from torch import fx
 
 from .late import late
 from .library import library
-from .narrow import is_product, narrow
+from .narrow import DENSE, is_product, narrow
 
 VIEW = torch.ops.aten.view.default
 RESHAPES = (VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-OURS = ("linear", "scaled_linear", "linear_glu", "split_linear")
 
 
 def flatten(graph: fx.Graph) -> None:
     """Rewrite in place; the graph is left as it was where nothing applies. ``late`` comes before it; then, with casts right behind their products, ``library`` and ``narrow``."""
     late(graph)
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in RESHAPES and is_product(node.args[0], OURS):
+        if node.op == "call_function" and node.target in RESHAPES and is_product(node.args[0], DENSE):
             _sink(graph, node)
     library(graph)
     narrow(graph)

@@ -48,6 +48,7 @@ class Builder:
     def __init__(self, gm: fx.GraphModule, context: Any) -> None:
         self.gm, self.context = gm, context
         self.kernels: dict[str, str | Skip] = {}
+        self._nodes = {node.meta["site"]: node for node in gm.graph.nodes if "site" in node.meta}
         self._quantized: dict[tuple[fx.Node, str, str], list[fx.Node]] = {}
         self._splits: dict[tuple[fx.Node, str], outliers.Split] = {}
         self._merged: dict[tuple[str, ...], tuple[fx.Node, fx.Node]] = {}
@@ -96,7 +97,7 @@ class Builder:
         """(..., N) float32."""
         if choice.input is None:
             return graph.call_function(target("linear"), (x, weight, str(choice.weight)))
-        codes, *scale = self._quantize(graph, x, site, choice)
+        codes, scale = self._operand(graph, x, site, choice)
         return graph.call_function(target("scaled_linear"), (codes, scale, weight, spell(choice.input, choice.weight)))
 
     def _part(self, graph: fx.Graph, node: fx.Node, site: Site, choice: Choice, kin: tuple[str, ...]) -> tuple[fx.Node, fx.Node]:
@@ -111,17 +112,16 @@ class Builder:
             y.meta = {**node.meta, "example_value": value.new_empty((*value.shape[:-1], sum(s.n for s in sites)), dtype=torch.float32)}
             self._merged[kin] = y, self._to(graph, self._biased(graph, y, sites), value.dtype)
         y, whole = self._merged[kin]
-        value, start = example(node), sum(s.n for s in sites[: kin.index(site.name)])
+        value, start, width = example(node), sum(s.n for s in sites[: kin.index(site.name)]), int(example(y).shape[-1])
         part = graph.call_function(torch.narrow, (whole, -1, start, site.n))  # a function: AOTAutograd's cache passes over methods of untyped nodes
-        if not stays(node, value.new_empty((*value.shape[:-1], sum(s.n for s in sites))).narrow(-1, start, site.n)):
+        if not stays(node, value.new_empty((*value.shape[:-1], width)).narrow(-1, start, site.n)):
             part.meta["example_value"] = value
             part = graph.call_method("contiguous", (part,))
         return y, part
 
     def _biased(self, graph: fx.Graph, y: fx.Node, sites: list[Site]) -> fx.Node:
         """The product of all kin with their biases, zeros for those that have none."""
-        nodes = {node.meta["site"]: node for node in graph.nodes if "site" in node.meta}
-        biases = [bias_of(nodes[site.name]) for site in sites]
+        biases = [bias_of(self._nodes[site.name]) for site in sites]
         if not any(biases):
             return y
         value = example(y)
@@ -149,9 +149,7 @@ class Builder:
 
     def _beside(self, graph: fx.Graph, split: outliers.Split, node: fx.Node, site: Site, choice: Choice, weight: list[fx.Node]) -> fx.Node:
         """(..., N) float32, the outlier columns in 16 bits."""
-        x, scale = split.dense, []
-        if choice.input is not None:
-            x, *scale = self._quantize(graph, split.dense, site, choice)
+        x, scale = self._operand(graph, split.dense, site, choice)
         columns, gather = self._columns(split, node, site, choice, weight)
         return graph.call_function(target("split_linear"), (x, scale, weight, split.x, columns, split.index, True, gather, spelled(choice)))
 
@@ -197,13 +195,18 @@ class Builder:
 
     def _experts(self, graph: fx.Graph, x: fx.Node, index: fx.Node | None, site: Site, choice: Choice, weight: list[fx.Node], by_row: bool) -> fx.Node:
         """(S, N) float32."""
-        codes, scale = x, []
-        if choice.input is not None:
-            codes, *scale = self._quantize(graph, x, site, choice)
+        codes, scale = self._operand(graph, x, site, choice)
         return graph.call_function(target("grouped_linear"), (codes, scale, index, weight, spelled(choice), by_row))
 
     def _to(self, graph: fx.Graph, y: fx.Node, dtype: torch.dtype) -> fx.Node:
         return y if dtype == torch.float32 else graph.call_method("to", (y, dtype))
+
+    def _operand(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice) -> tuple[fx.Node, list[fx.Node]]:
+        """What a product reads, and its scales: x itself and none where activations stay in 16 bits."""
+        if choice.input is None:
+            return x, []
+        codes, *scale = self._quantize(graph, x, site, choice)
+        return codes, scale
 
     def _quantize(self, graph: fx.Graph, x: fx.Node, site: Site, choice: Choice) -> list[fx.Node]:
         scheme = choice.input

@@ -15,7 +15,8 @@ from torch import fx
 from qcompile import compat
 from qcompile.kernels.op import NAMESPACE
 
-PRODUCTS = ("linear", "scaled_linear", "linear_glu", "split_linear", "grouped_linear")
+DENSE = ("linear", "scaled_linear", "linear_glu", "split_linear")
+PRODUCTS = (*DENSE, "grouped_linear")
 CAST = torch.ops.prims.convert_element_type.default
 BY_COLUMN = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 """With a vector: a bias, or factors that smooth the next linear's input."""

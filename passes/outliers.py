@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from qcompile.core.recipe import Choice
 from qcompile.core.stats import Stats
+from qcompile.kernels import outlier_columns
 from qcompile.kernels.op import target
 
 from .sites import example
@@ -51,9 +52,10 @@ def columns(stats: Stats, threshold: float = THRESHOLD, columns: int | None = No
 
 
 def chosen(peak: Tensor, how: Dynamic) -> Tensor:
-    """Indices of the columns that a call with absolute maxima ``peak`` (K,) keeps: the largest, less those below the threshold. What ``find`` puts into a graph, with sizes that may vary."""
-    index = peak.topk(min(how.columns, peak.numel())).indices
-    return index[peak[index] >= how.threshold]
+    """Indices of the columns that a call with absolute maxima ``peak`` (K,) keeps, in order: what ``find`` puts into a graph, with sizes that may vary."""
+    k, count = peak.numel(), min(how.columns, peak.numel())
+    index = outlier_columns.reference(peak[None], count, how.threshold)[k : k + count]
+    return index[index >= 0].long()
 
 
 def dynamic(choice: Choice) -> Dynamic | None:

@@ -31,7 +31,7 @@ from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.later import Later
 from qcompile.memory import guard, is_released, release
-from qcompile.missed import limit, of_no_live_linear, refusals, regroup
+from qcompile.missed import GROUPED, LOOP, limit, of_no_live_linear, refusals, regroup
 from qcompile.options import DEFAULTS, PIPELINE, Options
 from qcompile.owners import owners_of
 from qcompile.passes import PASSES, TRAININGS, Pass
@@ -108,11 +108,11 @@ class CompiledGraph:
         trace_plan(self.sites, self.plan, self.kernels)
         if self.options.dump:
             dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
-        for message in refusals(self, inputs):
-            self._refuse(message)
-        if done := regroup(self, inputs):
-            self.notes.append(done)
-            _warn_once(("experts", done), f"qcompile: {done}")
+        told, left = regroup(self, inputs)
+        if told:
+            self._say(GROUPED, refused=False)
+        for message in [*refusals(self), *([LOOP] if left else [])]:
+            self._say(message)
         stored.unfold(lowered)
         self._kept = kept = self._drop_unread_weights(lowered)
         self._pin(lowered, inputs)
@@ -141,7 +141,7 @@ class CompiledGraph:
         if self.options.lower == "eager":
             return self._engine(gm)
         if problem := _no_compiler(inputs):
-            self._refuse(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
+            self._say(f"no C++ compiler was found ({problem}); the quantized graph runs by its references, which is slow. Install g++ or clang++ to get compiled kernels.")
             return self._engine(gm)
         smooth = any(isinstance(c, Choice) and c.smooth for c in self.plan.values())
         more: dict[str, Any] = {"realize_reads_threshold": 8} if smooth else {}  # a norm that reads the residual, its weight and the vector is still one kernel with the quantization behind it
@@ -204,11 +204,11 @@ class CompiledGraph:
         self.unused = set(unused)
         self.notes += [f"rule {rule!r} matched nothing" for rule in unused]
 
-    def _refuse(self, message: str) -> None:
+    def _say(self, message: str, refused: bool = True) -> None:
         self.notes.append(message)
-        if self.options.strict:
+        if refused and self.options.strict:
             raise StrictError(message)
-        _warn_once(("refusal", message), f"qcompile: {message}")
+        _warn_once(("said", message), f"qcompile: {message}")
 
     def calibrate(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, dict[str, Choice]]:
         """Solve what is missing, and say so. Returns a line for the report and the choices with what was found."""

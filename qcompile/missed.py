@@ -25,22 +25,28 @@ GROUPED = (
 )
 
 
-def refusals(graph: CompiledGraph, inputs: Sequence[Any]) -> list[str]:
-    """What a graph, as it is compiled, leaves without a kernel, and experts that its routers choose and no graph will hold."""
+def refusals(graph: CompiledGraph) -> list[str]:
+    """What a graph, as it is compiled, leaves without a kernel."""
     reasons = [str(kernel) for kernel in graph.kernels.values() if isinstance(kernel, Skip)]
-    said = [f"{reasons.count(reason)} linears are emulated by dequantize + matmul: {reason}" for reason in sorted(set(reasons))]
-    return said + ([LOOP] if any(not _has_forms(owner) for owner in _looped(graph, inputs)) else [])
+    return [f"{reasons.count(reason)} linears are emulated by dequantize + matmul: {reason}" for reason in sorted(set(reasons))]
 
 
-def regroup(graph: CompiledGraph, inputs: Sequence[Any]) -> str:
-    """Experts that a graph's routers choose and that are told to run one by one run grouped from now on, in this call already: Dynamo has not come to them yet. What was done, in words, if anything."""
-    found = [owner for owner in _looped(graph, inputs) if _has_forms(owner)]
-    for owner in found:
-        try:
-            owner.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
-        except (AttributeError, TypeError):  # a configuration of another kind, which cannot be told
-            return LOOP
-    return GROUPED if found else ""
+def regroup(graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[bool, bool]:
+    """Experts that a graph's routers choose and that are told to run one by one run grouped from now on, in this call already: Dynamo has not come to them yet. Whether some were told so (``GROUPED``),
+    and whether some cannot be (``LOOP``)."""
+    told = [_tell(owner) for owner in _looped(graph, inputs)]
+    return any(told), not all(told)
+
+
+def _tell(experts: nn.Module) -> bool:
+    """Whether a configuration chooses between forms of one computation, and now says that they run grouped: transformers' dispatcher stands before the loop, whose class has what the forms read."""
+    if not hasattr(type(experts).forward, "__wrapped__") or not hasattr(experts, "is_transposed"):
+        return False
+    try:
+        experts.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+    except (AttributeError, TypeError):  # a configuration of another kind
+        return False
+    return True
 
 
 def _looped(graph: CompiledGraph, inputs: Sequence[Any]) -> list[nn.Module]:
@@ -56,11 +62,6 @@ def _looped(graph: CompiledGraph, inputs: Sequence[Any]) -> list[nn.Module]:
         for id_, (owner, path, name) in names.items()
         if path.startswith(beside) and id_ not in taken and owner._parameters[name].dim() == 3 and _one_by_one(owner) and not any(rule.matches(f"{path}.{name}", type(owner).__name__) for rule in left)  # type: ignore[union-attr]
     ]
-
-
-def _has_forms(experts: nn.Module) -> bool:
-    """Its forward is transformers' dispatcher around the loop (its class has the attributes that the forms read): the configuration chooses between forms of one computation."""
-    return hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "is_transposed")
 
 
 def _one_by_one(module: nn.Module) -> bool:

@@ -58,15 +58,11 @@ def output_db(choice: Choice, x: Tensor, which: Tensor | None, weight: Tensor, p
 
 def _product(choice: Choice, x: Tensor, weight: Tensor, packed: Sequence[Tensor], solution: Solution | None) -> Tensor:
     """What the quantized linear gives, by its reference."""
-    from qcompile.kernels import OPS
-    from qcompile.kernels.scaled_linear import spell
+    from qcompile.kernels import OPS, product
+    from qcompile.passes.lower import spelled
     from qcompile.solve import Product
 
     if solution is not None:
         return Product(replace(solution, q=QTensor.unflatten(packed, choice.weight, x.shape[-1])), choice, weight, torch.float32)(x.float())
-    if choice.input is None:
-        y: Tensor = OPS["linear"].reference(x, packed, str(choice.weight))
-        return y
-    codes, *scale = OPS["quantize"].reference(x, [], str(choice.input))
-    y = OPS["scaled_linear"].reference(codes, scale, packed, spell(choice.input, choice.weight))
-    return y
+    codes, *scale = [x] if choice.input is None else OPS["quantize"].reference(x, [], str(choice.input))
+    return product.reference(codes, scale, packed, spelled(choice))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -96,6 +99,14 @@ def said():
         warnings.simplefilter("always")
         yield texts
     texts += [str(w.message) for w in caught if issubclass(w.category, QcompileWarning)]
+
+
+def interpreted(script: pathlib.Path, *arguments: str) -> Any:
+    """What a script beside the tests prints in its last line, as JSON: it runs kernels in Triton's interpreter, which must be chosen before Triton is imported, in a process of its own."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def python(code: str, timeout: float = 240, **environment: str) -> str:

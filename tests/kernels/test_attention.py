@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small import interpreted
 
 from qcompile.kernels import attention
 from qcompile.kernels.attention import Attention
@@ -23,11 +20,7 @@ def case(**changes: object) -> Attention:
 
 @pytest.mark.slow
 def test_the_template_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("interpret_attention.py")
-    child = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert child.returncode == 0, child.stderr[-3000:]
-    rows = json.loads(child.stdout.splitlines()[-1])
+    rows = interpreted(Path(__file__).with_name("interpret_attention.py"))
     assert len(rows) == 10
     for *about, error in rows:
         assert error < 1e-3, (about, error)

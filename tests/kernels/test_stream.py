@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small import interpreted
 
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import stream, tuned
@@ -27,11 +24,7 @@ def case(weight: str, given: str | None = None, m: int | None = 1, n: int = 4096
 @pytest.mark.slow
 @pytest.mark.parametrize(("which", "cases"), [("plain", 60), ("gated", 33), ("grouped", 18), ("parts", 27), ("beside", 15), ("paired", 16)])
 def test_the_loop_in_the_interpreter(which: str, cases: int) -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, str(Path(__file__).with_name("interpret.py")), which]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert child.returncode == 0, child.stderr[-3000:]
-    rows = json.loads(child.stdout.splitlines()[-1])
+    rows = interpreted(Path(__file__).with_name("interpret.py"), which)
     assert len(rows) >= cases
     for *about, error in rows:
         limit = 3e-4 if about[0].split(".")[0] in ("nf4", "fp4") else 1e-6  # tables of 16 values are rounded to float16
