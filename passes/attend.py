@@ -83,7 +83,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
     shapes = [example(x) for x in (q, key, value)]
     if any(not isinstance(s, Tensor) or s.dim() != 4 for s in shapes):
         return Skip("not (batch, heads, tokens, columns)")
-    if given["dropout_p"] or given["is_causal"]:
+    dropout, scale = (_number(given[name]) for name in ("dropout_p", "scale"))
+    if dropout != 0 or given["is_causal"]:
         return Skip("with dropout, or causal without a mask")
     if mask is not None and not isinstance(example(mask), Tensor):
         return Skip("a mask that is no tensor")
@@ -104,14 +105,19 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> Skip | None:
             short = mask
             mask = graph.call_method("unsqueeze", (short, 0))
             mask.meta["example_value"] = example(short).unsqueeze(0)
-        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(int(columns))
-        new = graph.call_function(target("attention"), (q, k, v, mask, float(scale)))
+        new = graph.call_function(target("attention"), (q, k, v, mask, 1 / math.sqrt(int(columns)) if scale is None else scale))
     new.meta = {**node.meta}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     for x in (key, value):
         erase_unread(graph, x)
     return None
+
+
+def _number(x: Any) -> float | None:
+    """A float argument's value. Dynamo makes a module's floats inputs under ``dynamic=True``; what torch's own call was given as one, it has read and guarded already."""
+    value = example(x) if isinstance(x, fx.Node) else x
+    return None if value is None else float(value)
 
 
 def _shared(x: fx.Node) -> fx.Node:

@@ -125,6 +125,28 @@ def test_a_dynamic_number_of_queries_is_left_to_torch() -> None:
     assert "dynamic" in str(*gm.meta["attention"].values())
 
 
+class Scaled(torch.nn.Module):
+    """As transformers spells it: the scale is the layer's own number, which ``dynamic=True`` makes an input of the graph."""
+
+    scaling = 0.3
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, spread(k), spread(v), scale=self.scaling)
+
+
+def test_a_scale_that_is_an_input() -> None:
+    module, given = Scaled(), inputs()
+    gm = captured(module, *given, dynamic=True)
+    assert isinstance(gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)[0].kwargs["scale"], fx.Node)
+    (node,) = PASSES["attend"].fn(gm, None).graph.find_nodes(op="call_function", target=torch.ops.qcompile.attention.default)
+    assert node.args[4] == 0.3
+
+    torch._dynamo.reset()
+    fast = torch.compile(module, backend="qcompile", dynamic=True, options={"lower": "eager"})
+    for module.scaling in (0.3, 0.7):  # the second is another graph, not the first one's scale
+        torch.testing.assert_close(fast(*given), module(*given))
+
+
 def test_decoding_with_a_static_cache(built) -> None:
     """The same logits as without the pass, step by step, with a cache that is written in place."""
     transformers = pytest.importorskip("transformers")
