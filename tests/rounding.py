@@ -30,10 +30,14 @@ def with_rounded_weights(model: nn.Module, graph: CompiledGraph, args: Any) -> n
 
 
 class RoundedInputs(TorchDispatchMode):
-    """Rounds what is multiplied by a quantized weight, wherever the weight is a view of its parameter. ``met`` are the addresses of the parameters that were multiplied."""
+    """Rounds what is multiplied by a quantized weight, wherever the weight is a view of its parameter. ``met`` are the addresses of the parameters that were multiplied.
 
-    def __init__(self, graph: CompiledGraph, args: Any) -> None:
+    ``nudge``, in steps of the codes, is added before rounding: sums in another order move a value by some 1e-5 of a step, and one that lies so near to the middle between two codes goes to either.
+    """
+
+    def __init__(self, graph: CompiledGraph, args: Any, nudge: float = 0.0) -> None:
         super().__init__()
+        self.nudge = nudge
         self.schemes: dict[int, Scheme] = {}
         for name in graph.kernels:
             choice = graph.plan[name]
@@ -49,13 +53,15 @@ class RoundedInputs(TorchDispatchMode):
             x, w, axis = (a, b, 1 if name == "convolution" else -1) if b.untyped_storage().data_ptr() in self.schemes else (b, a, -2)
             if (address := w.untyped_storage().data_ptr()) in self.schemes:
                 self.met.add(address)
-                y = rounded_rows(x, self.schemes[address], axis)
+                y = rounded_rows(x, self.schemes[address], axis, self.nudge)
                 args = (*args[:first], *((y, b) if x is a else (a, y)), *args[first + 2 :])
         return func(*args, **(kwargs or {}))
 
 
-def rounded_rows(x: Tensor, scheme: Scheme, axis: int) -> Tensor:
-    """The values of x, whose columns lie along ``axis``, as a kernel for quantized activations sees them."""
+def rounded_rows(x: Tensor, scheme: Scheme, axis: int, nudge: float = 0.0) -> Tensor:
+    """The values of x, whose columns lie along ``axis``, as a kernel for quantized activations sees them; ``nudge``: of a step, in which the codes' values lie one apart."""
     rows = x.movedim(axis, -1)
     codes, *scale = quantize_input(rows, [], str(scheme))
+    if nudge:
+        codes, *scale = quantize_input(rows + nudge * scale[0], [], str(scheme))
     return values(codes, scale, scheme).to(x.dtype).movedim(-1, axis)
