@@ -108,11 +108,29 @@ template <int BITS, bool GROUPED> void dot_linear(const IntLinear& p) {
 
 // ---- panel ----
 
-// A panel: [KP / KS] steps of 2 * W words, word n of a step being KS codes of weight row n. Rows from N on are zeros.
-void pack_panel(const IntLinear& p, i64 n0, int32_t* panel, float* scales) {
+// What is made of 2 * W rows of w. words: [KP / KS] steps of 2 * W words, word n of a step being KS codes of weight row n. For each
+// group of columns, [2 * W] each: its scales, and what its sums start from. Rows from N on are zeros.
+struct Panel {
+  int32_t* words;
+  int32_t* starts;
+  float* scales;
+};
+
+// Adds to what CROSSED sums start from, for 16 columns of a panel.
+inline void crossed(const int32_t* columns, int32_t* starts) {
+  each<2>([&](int side) {
+    I sum = word(0);
+    const int32_t* w = columns + side * W;
+    for (int s = 0; s < 16 / KS; s += 2) sum = dot(sum, words(w + s * 2 * W), words(w + (s + 1) * 2 * W));
+    store_words(starts + side * W, words(starts + side * W) - sum);
+  });
+}
+
+void pack_panel(const IntLinear& p, i64 n0, const Panel& panel) {
   const i64 rows = std::min<i64>(2 * W, p.N - n0), ldw = p.ldw();
   alignas(64) int8_t block[2 * W * 128];
-  for (i64 k0 = 0; k0 < p.KP(); k0 += 128) {
+  if (CROSSED) std::fill_n(panel.starts, p.groups * 2 * W, 0);
+  for (i64 k0 = 0, g = 0; k0 < p.KP(); k0 += 128) {
     const int8_t* from = (const int8_t*)p.w + n0 * ldw + k0;
     i64 stride = ldw;
     if (p.bits == 4) {
@@ -134,12 +152,15 @@ void pack_panel(const IntLinear& p, i64 n0, int32_t* panel, float* scales) {
       memset(block + rows * 128, 0, (2 * W - rows) * 128);
       from = block, stride = 128;
     }
-    for (int side = 0; side < 2; side++)
-      for (int k = 0; k < 128; k += 4 * KS)
-        transpose(from + side * W * stride + k, stride, panel + ((k0 + k) / KS * 2 + side) * W, 2 * W);
+    for (i64 k = k0; k < k0 + 128; k += 16) {  // within one group
+      int32_t* words = panel.words + k / KS * 2 * W;
+      pack(from + k - k0, stride, words);
+      if (k == p.group_end(g)) g++;
+      if constexpr (CROSSED) crossed(words, panel.starts + g * 2 * W);
+    }
   }
   for (i64 g = 0; g < p.groups; g++)
-    for (i64 n = 0; n < 2 * W; n++) scales[g * 2 * W + n] = n < rows ? p.sw[(n0 + n) * p.groups + g] : 0.f;
+    for (i64 n = 0; n < 2 * W; n++) panel.scales[g * 2 * W + n] = n < rows ? p.sw[(n0 + n) * p.groups + g] : 0.f;
 }
 
 // A block of x: [KP / KS] steps of R words; start: [groups][R], what the sums start from. Rows from M on are zeros.
@@ -147,39 +168,43 @@ void pack_rows(const IntLinear& p, i64 m0, i64 rows, i64 R, int32_t* block, int3
   X* out = (X*)block;
   for (i64 r = 0; r < R; r++) {
     const int8_t* x = p.x + (m0 + r) * p.K;
-    for (i64 k = 0; k < p.KP(); k += KS) {
-      X* to = out + (k / KS * R + r) * KS;
-      if (r < rows && k + KS <= p.K)
-        for (int i = 0; i < KS; i++) to[i] = x[k + i];
-      else
-        for (int i = 0; i < KS; i++) to[i] = r < rows && k + i < p.K ? x[k + i] : 0;
-    }
+    const i64 columns = r < rows ? p.K : 0, whole = columns / KS * KS;
+    X* to = out + r * KS;
+    for (i64 k = 0; k < whole; k += KS, to += R * KS)
+      for (int i = 0; i < KS; i++) to[i] = x[k + i];
+    for (i64 k = whole; k < p.KP(); k += KS, to += R * KS)
+      for (int i = 0; i < KS; i++) to[i] = k + i < columns ? x[k + i] : 0;
     for (i64 g = 0; g < p.groups; g++) {
       int32_t s = 0;
       if (BIAS && r < rows)
-        for (i64 k = g * p.group, end = std::min(p.K, p.group_end(g)); k < end; k++) s += x[k];
-      start[g * R + r] = -BIAS * s;
+        for (i64 k = g * p.group, end = std::min(p.K, p.group_end(g)); k < end; k++) s += BIAS * x[k];
+      if (CROSSED)
+        for (i64 k = g * p.group / KS, end = p.group_end(g) / KS; k < end; k += 2)
+          for (int i = 0; i < KS; i++) s += out[(k * R + r) * KS + i] * out[((k + 1) * R + r) * KS + i];
+      start[g * R + r] = -s;
     }
   }
 }
 
 template <int R>
-[[gnu::flatten]] void panel_block(const IntLinear& p, const int32_t* x, const int32_t* start, const int32_t* panel, const float* scales,
-                                 i64 m0, i64 n0) {
+[[gnu::flatten]] void panel_block(const IntLinear& p, const int32_t* x, const int32_t* start, const Panel& panel, i64 m0, i64 n0) {
   F y[R][2];
   each<R>([&](int r) { y[r][0] = y[r][1] = zero(); });
   for (i64 g = 0, s = 0; g < p.groups; g++) {
     I acc[R][2];
-    each<R>([&](int r) { acc[r][0] = acc[r][1] = word(start[g * R + r]); });
-    for (const i64 end = p.group_end(g) / KS; s < end; s++) {
-      const I w0 = words(panel + s * 2 * W), w1 = words(panel + s * 2 * W + W);
+    each<R>([&](int r) {
+      each<2>([&](int c) { acc[r][c] = CROSSED ? word(start[g * R + r]) + words(panel.starts + (g * 2 + c) * W) : word(start[g * R + r]); });
+    });
+    for (const i64 end = p.group_end(g) / KS; s < end; s += 2) {
+      const int32_t* w = panel.words + s * 2 * W;
+      const I w0 = words(w), w1 = words(w + W), v0 = words(w + 2 * W), v1 = words(w + 3 * W);
       each<R>([&](int r) {
-        const I xv = word(x[s * R + r]);
-        acc[r][0] = dot(acc[r][0], w0, xv);
-        acc[r][1] = dot(acc[r][1], w1, xv);
+        const I xv = word(x[s * R + r]), yv = word(x[(s + 1) * R + r]);
+        acc[r][0] = dot(acc[r][0], w0, v0, xv, yv);
+        acc[r][1] = dot(acc[r][1], w1, v1, xv, yv);
       });
     }
-    const F s0 = load(scales + g * 2 * W), s1 = load(scales + g * 2 * W + W);
+    const F s0 = load(panel.scales + g * 2 * W), s1 = load(panel.scales + g * 2 * W + W);
     each<R>([&](int r) {
       y[r][0] = fma(to_float(acc[r][0]), s0, y[r][0]);
       y[r][1] = fma(to_float(acc[r][1]), s1, y[r][1]);
@@ -206,11 +231,12 @@ void panel_linear(const IntLinear& p) {
   const i64 KP = p.KP(), words_x = KP / KS, words_w = words_x * 2 * W;
   const i64 blocks = ceil_div(p.M, PANEL_ROWS), R = ceil_div(ceil_div(p.M, blocks), 2) * 2;  // an even number of rows per block
   const i64 panels = ceil_div(p.N, 2 * W);
-  // As many panels per task as fit in half a megabyte of cache, but enough tasks for the threads; if still not enough, split M too.
-  const i64 per_task = std::max<i64>(1, std::min<i64>({(1 << 18) / (words_w * 4), panels / (p.threads * 3), 8}));
+  // As many panels per task as fit in 128 KB of the second-level cache, whose rest rows of x pass through, but enough tasks for the
+  // threads; if still not enough, split M too.
+  const i64 per_task = std::max<i64>(1, std::min<i64>({(1 << 17) / (words_w * 4), panels / (p.threads * 3), 8}));
   const i64 tasks_n = ceil_div(panels, per_task);
   const i64 tasks_m = tasks_n >= p.threads ? 1 : std::min<i64>(ceil_div(p.threads, tasks_n), ceil_div(blocks, 4));
-  const size_t local = ceil_div(per_task * (words_w + p.groups * 2 * W) * 4, 64) * 64;  // bytes of panels and scales, per thread
+  const i64 sums = p.groups * 2 * W, local = ceil_div(per_task * (words_w + 2 * sums) * 4, 64) * 64;  // bytes of panels, per thread
   Scratch scratch(blocks * (words_x + p.groups) * R * 4 + p.threads * local);
   int32_t* xs = scratch.take<int32_t>(blocks * words_x * R);
   int32_t* starts = scratch.take<int32_t>(blocks * p.groups * R);
@@ -220,17 +246,18 @@ void panel_linear(const IntLinear& p) {
 #pragma omp for
     for (i64 b = 0; b < blocks; b++)
       pack_rows(p, b * R, std::min(R, p.M - b * R), R, xs + b * words_x * R, starts + b * p.groups * R);
-    int32_t* panel = (int32_t*)(locals + omp_get_thread_num() * local);
-    float* scales = (float*)(panel + per_task * words_w);
+    int32_t* mine = (int32_t*)(locals + omp_get_thread_num() * local);
+    auto panel = [&](i64 i) {
+      int32_t* starts = mine + per_task * words_w + 2 * i * sums;
+      return Panel{mine + i * words_w, starts, (float*)starts + sums};
+    };
 #pragma omp for schedule(dynamic)
     for (i64 task = 0; task < tasks_n * tasks_m; task++) {
       const i64 first = task / tasks_m * per_task, count = std::min(per_task, panels - first);
-      for (i64 i = 0; i < count; i++)
-        pack_panel(p, (first + i) * 2 * W, panel + i * words_w, scales + i * p.groups * 2 * W);
+      for (i64 i = 0; i < count; i++) pack_panel(p, (first + i) * 2 * W, panel(i));
       for (i64 b = blocks * (task % tasks_m) / tasks_m, end = blocks * (task % tasks_m + 1) / tasks_m; b < end; b++)
         for (i64 i = 0; i < count; i++)
-          panel_rows(R, p, xs + b * words_x * R, starts + b * p.groups * R, panel + i * words_w, scales + i * p.groups * 2 * W,
-                     b * R, (first + i) * 2 * W);
+          panel_rows(R, p, xs + b * words_x * R, starts + b * p.groups * R, panel(i), b * R, (first + i) * 2 * W);
     }
   }
 }

@@ -4,6 +4,10 @@
 // Integer products. A word holds KS codes (4 x 8 bits, 2 x 16 bits or 1 x 32 bits: the widths that multiply without saturating),
 // a vector holds W words, and dot(acc, w, x) adds to each 32-bit lane the products of its KS codes. VNNI wants one operand
 // unsigned: there a weight code is stored with BIAS added, and the kernels start their sums from -BIAS * sum(x). The result is exact.
+//
+// dot(acc, w, V, x, Y) adds the products w * x + V * Y. Where it is CROSSED, it adds (w + Y) * (V + x) instead, half the multiplications
+// (S. Winograd, "A New Algorithm for Inner Product", 1968): its sums start from -sum(w * V) - sum(x * Y), and are exact like the others.
+// AVX2 machines multiply in two of their four pipes and add in all, and two additions of 16 bits cost less than one multiplication.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,6 +23,11 @@ namespace {
 
 using i64 = int64_t;
 
+// f(0), f(1), ... f(COUNT - 1), unrolled before the compiler's optimizer sees it: arrays indexed by such an i live in registers.
+// (From a plain loop GCC keeps a second copy of the accumulators in memory, which halves the speed of the integer kernels.)
+template <class Fn, size_t... INDEX> [[gnu::always_inline]] inline void each(Fn&& f, std::index_sequence<INDEX...>) { (f(INDEX), ...); }
+template <int COUNT, class Fn> [[gnu::always_inline]] inline void each(Fn&& f) { each(f, std::make_index_sequence<COUNT>()); }
+
 #if defined(__AVX512VNNI__)
 
 #define ISA_NAME "avx512_vnni"
@@ -26,6 +35,7 @@ using F = __m512;
 typedef int32_t I __attribute__((vector_size(64)));  // not __m512i, 64-bit lanes to GCC, which then copies accumulators about
 using X = int8_t;                      // an activation code, as it lies in a word
 constexpr int W = 16, KS = 4, BIAS = 128;
+constexpr bool CROSSED = false;
 constexpr int PANEL_ROWS = 12;         // rows of x in the block of the panel kernel: 24 of the 32 registers accumulate
 constexpr int DOT_ROWS = 6;            // rows of x in the block of the dot kernel (times 4 rows of w)
 constexpr int DOT_MAX = 64, DOT_MAX_GROUPED = 8;  // up to how many rows of x the dot kernel is the faster one
@@ -47,6 +57,7 @@ inline I word(int32_t v) { return (I)_mm512_set1_epi32(v); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps((B)v); }
 inline int32_t sum(I v) { return _mm512_reduce_add_epi32((B)v); }
 inline I dot(I acc, I w, I x) { return (I)_mm512_dpbusd_epi32((B)acc, (B)w, (B)x); }
+inline I dot(I acc, I w, I V, I x, I Y) { return dot(dot(acc, w, x), V, Y); }
 inline I constant(int code) { return (I)_mm512_set1_epi8((char)code); }
 
 // W * KS weight codes, biased: 8-bit (the last n of a row), and one half (the low or the high nibbles) of 4-bit ones
@@ -75,6 +86,11 @@ inline void transpose(const int8_t* p, i64 stride, int32_t* out, i64 step) {
   store_words(out + step, (I)_mm512_unpackhi_epi64(ab, cd));
   store_words(out + 2 * step, (I)_mm512_unpacklo_epi64(AB, CD));
   store_words(out + 3 * step, (I)_mm512_unpackhi_epi64(AB, CD));
+}
+// 16 columns of 2 * W rows of codes become words: out[k / KS][n].
+inline void pack(const int8_t* p, i64 stride, int32_t* out) {
+  transpose(p, stride, out, 2 * W);
+  transpose(p + W * stride, stride, out + W, 2 * W);
 }
 
 // Weight-only kernels: W codes, one per byte, become words or floats; a table of 16 floats is looked up by the low 4 bits of a word.
@@ -108,7 +124,8 @@ using F = __m256;
 typedef int32_t I __attribute__((vector_size(32)));
 using X = int16_t;                     // pmaddwd of widened codes is exact; pmaddubsw of bytes saturates
 constexpr int W = 8, KS = 2, BIAS = 0;
-constexpr int PANEL_ROWS = 6, DOT_ROWS = 2, DOT_MAX = 12, DOT_MAX_GROUPED = 6, TABLE_ROWS = 4, TABLE_COLUMNS = 2;
+constexpr bool CROSSED = true;
+constexpr int PANEL_ROWS = 4, DOT_ROWS = 2, DOT_MAX = 12, DOT_MAX_GROUPED = 6, TABLE_ROWS = 4, TABLE_COLUMNS = 2;
 
 inline F zero() { return _mm256_setzero_ps(); }
 inline F set1(float v) { return _mm256_set1_ps(v); }
@@ -134,6 +151,7 @@ inline int32_t sum(I v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 inline I dot(I acc, I w, I x) { return acc + (I)_mm256_madd_epi16((B)w, (B)x); }
+inline I dot(I acc, I w, I V, I x, I Y) { return dot(acc, (I)_mm256_add_epi16((B)w, (B)Y), (I)_mm256_add_epi16((B)V, (B)x)); }
 inline I constant(int code) { return (I)_mm256_set1_epi16((short)code); }
 
 inline __m128i half(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
@@ -148,18 +166,26 @@ template <int HIGH> inline I codes4(const uint8_t* p) {
   return HIGH ? (I)_mm256_srli_epi16((B)v, 4) : v & constant(15);
 }
 
-inline I lanes(const int8_t* p, i64 stride) {  // 8 codes of each of the rows 0 and 4, widened
-  return (I)_mm256_cvtepi8_epi16(
-      _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)p), _mm_loadl_epi64((const __m128i*)(p + 4 * stride))));
-}
-inline void transpose(const int8_t* p, i64 stride, int32_t* out, i64 step) {
-  const B a = (B)lanes(p, stride), b = (B)lanes(p + stride, stride);
-  const B c = (B)lanes(p + 2 * stride, stride), d = (B)lanes(p + 3 * stride, stride);
-  const B ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d), AB = _mm256_unpackhi_epi32(a, b), CD = _mm256_unpackhi_epi32(c, d);
-  store_words(out, (I)_mm256_unpacklo_epi64(ab, cd));
-  store_words(out + step, (I)_mm256_unpackhi_epi64(ab, cd));
-  store_words(out + 2 * step, (I)_mm256_unpacklo_epi64(AB, CD));
-  store_words(out + 3 * step, (I)_mm256_unpackhi_epi64(AB, CD));
+inline void pack(const int8_t* p, i64 stride, int32_t* out) {
+  I v[8], t[8];  // 16 codes of rows r and r + 8: a transpose of 8 x 8 pairs of codes inside every 128 bits
+  each<8>([&](int r) { v[r] = (I)_mm256_inserti128_si256(_mm256_castsi128_si256(half(p + r * stride)), half(p + (r + 8) * stride), 1); });
+  each<4>([&](int i) {
+    const B a = (B)v[2 * i], b = (B)v[2 * i + 1];
+    t[i] = (I)_mm256_unpacklo_epi16(a, b), t[i + 4] = (I)_mm256_unpackhi_epi16(a, b);
+  });
+  each<2>([&](int h) {
+    each<2>([&](int i) {
+      const B a = (B)t[4 * h + 2 * i], b = (B)t[4 * h + 2 * i + 1];
+      v[4 * h + i] = (I)_mm256_unpacklo_epi32(a, b), v[4 * h + i + 2] = (I)_mm256_unpackhi_epi32(a, b);
+    });
+  });
+  each<4>([&](int i) {
+    const B a = (B)v[2 * i], b = (B)v[2 * i + 1], c[2] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
+    each<2>([&](int j) {
+      store_words(out + (2 * i + j) * 16, (I)_mm256_cvtepi8_epi16(_mm256_castsi256_si128(c[j])));
+      store_words(out + (2 * i + j) * 16 + 8, (I)_mm256_cvtepi8_epi16(_mm256_extracti128_si256(c[j], 1)));
+    });
+  });
 }
 
 inline __m128i bytes(const uint8_t* p) { return _mm_loadl_epi64((const __m128i*)p); }
@@ -194,6 +220,7 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 using X = int32_t;
 constexpr int W = 4, KS = 1, BIAS = 0;
+constexpr bool CROSSED = false;
 constexpr int PANEL_ROWS = 4, DOT_ROWS = 2, DOT_MAX = 4, DOT_MAX_GROUPED = 4, TABLE_ROWS = 2, TABLE_COLUMNS = 4;
 
 inline F zero() { return F{}; }
@@ -211,6 +238,7 @@ inline I word(int32_t v) { return I{v, v, v, v}; }
 inline F to_float(I v) { return F{(float)v[0], (float)v[1], (float)v[2], (float)v[3]}; }
 inline int32_t sum(I v) { return v[0] + v[1] + v[2] + v[3]; }
 inline I dot(I acc, I w, I x) { return acc + w * x; }
+inline I dot(I acc, I w, I V, I x, I Y) { return acc + w * x + V * Y; }
 inline I constant(int code) { return word(code); }
 
 inline I codes8(const uint8_t* p) { auto q = (const int8_t*)p; return I{q[0], q[1], q[2], q[3]}; }
@@ -221,9 +249,9 @@ inline I codes8(const uint8_t* p, i64 n) {
 }
 template <int HIGH> inline I codes4(const uint8_t* p) { return ((I{p[0], p[1], p[2], p[3]} ^ 0x88) >> (HIGH ? 4 : 0)) & 15; }
 
-inline void transpose(const int8_t* p, i64 stride, int32_t* out, i64 step) {
-  for (int k = 0; k < 4; k++)
-    for (int n = 0; n < 4; n++) out[k * step + n] = p[n * stride + k];
+inline void pack(const int8_t* p, i64 stride, int32_t* out) {
+  for (int k = 0; k < 16; k++)
+    for (int n = 0; n < 2 * W; n++) out[k * 2 * W + n] = p[n * stride + k];
 }
 
 inline I unsigned_words(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
@@ -246,11 +274,6 @@ inline void store_bf16(uint16_t* p, F v) {
 }
 
 #endif
-
-// f(0), f(1), ... f(COUNT - 1), unrolled before the compiler's optimizer sees it: arrays indexed by such an i live in registers.
-// (From a plain loop GCC keeps a second copy of the accumulators in memory, which halves the speed of the integer kernels.)
-template <class Fn, size_t... INDEX> [[gnu::always_inline]] inline void each(Fn&& f, std::index_sequence<INDEX...>) { (f(INDEX), ...); }
-template <int COUNT, class Fn> [[gnu::always_inline]] inline void each(Fn&& f) { each(f, std::make_index_sequence<COUNT>()); }
 
 // The whole of a job's scratch memory is one aligned block, cut by `take`.
 struct Scratch {

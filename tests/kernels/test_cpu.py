@@ -42,6 +42,18 @@ def clear():
         cached.cache_clear()
 
 
+@pytest.mark.skipif(not set(cpu.supported()) - {"scalar"}, reason="not an x86 machine, or no AVX2")
+@pytest.mark.parametrize("name", cpu._FLAGS)
+def test_every_instruction_set_compiles(name):
+    """Also those that this machine cannot run: what is loaded is not called."""
+    try:
+        for source, function in (("integer", "qc_int_linear"), ("table", "qc_table_linear")):
+            assert getattr(cpu.load_cpp(cpu._source("isa") + cpu._source(source), cpu._FLAGS[name]), function)
+    except cpu.NoCompiler as error:
+        assert "no C++ compiler" in str(error), error
+        pytest.skip(str(error))
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Outputs are born as NaN, so an element that a kernel leaves out shows."""
