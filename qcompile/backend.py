@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile import compat, stored
-from qcompile.calibrate import Recorder, remember_code, renamed, session
+from qcompile import codes, compat, stored
+from qcompile.calibrate import Recorder, renamed, session
 from qcompile.capture import capture
 from qcompile.context import Context
 from qcompile.core.digest import digest
@@ -31,7 +31,7 @@ from qcompile.kernels import OPS
 from qcompile.kernels.op import decompositions
 from qcompile.later import Later
 from qcompile.memory import guard, is_released, release
-from qcompile.missed import GROUPED, LOOP, limit, of_no_live_linear, refusals, regroup
+from qcompile.missed import GROUPED, limit, of_no_live_linear, refusals, regroup
 from qcompile.options import DEFAULTS, PIPELINE, Options
 from qcompile.owners import owners_of
 from qcompile.passes import PASSES, TRAININGS, Pass
@@ -53,7 +53,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     opts = Options.parse(options, mode)
     if any(map(compat.is_fake, example_inputs)) and not (_training(example_inputs) and opts.train is None and session() is None):
         return Later(example_inputs, lambda inputs: backend(gm, inputs, options=options, mode=mode))
-    remember_code(example_inputs)
+    codes.remember(example_inputs)
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
     kind: type[CompiledGraph] = CompiledGraph
@@ -108,11 +108,8 @@ class CompiledGraph:
         trace_plan(self.sites, self.plan, self.kernels)
         if self.options.dump:
             dump(self.options.dump, self.captured, self.steps, self.sites, self.plan, self.kernels)
-        told, left = regroup(self, inputs)
-        if told:
-            self._say(GROUPED, refused=False)
-        for message in [*refusals(self), *([LOOP] if left else [])]:
-            self._say(message)
+        for message in (*refusals(self), *regroup(self.sites.values(), self.options.recipe.rules, inputs)):
+            self._say(message, refused=message != GROUPED)
         stored.unfold(lowered)
         self._kept = kept = self._drop_unread_weights(lowered)
         self._pin(lowered, inputs)
@@ -238,7 +235,7 @@ class CompiledGraph:
         key = tuple(map(id, parameters))
         with self._lock:
             if any(ref() is not p for ref, p in zip(self._first, parameters)):
-                remember_code(parameters, self._code)
+                codes.remember(parameters, self._code)
                 names = owners_of(args)
                 other = self._planned_for(args, names)
                 if other != self.signature:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile import compat, stored
+from qcompile import codes, compat, stored
 from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
 from qcompile.core.solution import CHOSE
 from qcompile.gate import enforce
-from qcompile.missed import functions, module_of
+from qcompile.missed import GROUPED, regroup
 from qcompile.options import memory_of as budget
 from qcompile.owners import owners, owns
 from qcompile.passes import PASSES
@@ -37,8 +37,6 @@ KEPT: list[Unit] = []
 KEEP_BYTES = 256 << 20
 """Recorded calls that are kept after they were used; larger recordings are dropped then."""
 _SESSIONS: list[Session] = []
-_CODES: list[tuple[Any, list[weakref.ref[Tensor]]]] = []
-"""Code objects that Dynamo compiled graphs for, and the parameters of these graphs."""
 
 
 class Session:
@@ -60,10 +58,13 @@ class Session:
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Call, int]] = {}
         self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self.tables: set[int] = set()
+        self._codes: list[Any] = []
+        """Code objects that graphs were captured from while recording: also those of functions that read no parameter, which nothing else remembers."""
+        self._told: set[str] = set()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
-        _forget_code(self.fast)
+        codes.forget(self.fast)
         _SESSIONS.append(self)
         self._start = time.perf_counter()
         self._stack.enter_context(torch.no_grad())
@@ -100,7 +101,8 @@ class Session:
     def _close(self) -> None:
         _SESSIONS.remove(self)
         self._stack.close()
-        _forget_code(self.fast)
+        codes.forget(self.fast, self._codes)
+        self._codes.clear()
         self._made.clear()
         self._names.clear()
         self._copies.clear()
@@ -134,6 +136,12 @@ class Session:
         self.strict |= options.strict
         if options.calibration_memory is not None and not self._bounded:
             self.budget = options.calibration_memory
+
+    def say(self, message: str) -> None:
+        """Warn once a sitting."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(f"qcompile: {message}", QcompileWarning, stacklevel=2)
 
     def record(self, unit: Unit, args: Sequence[Any]) -> Call | None:
         """Keep a call. Where the memory is full its whole batch is left out: all linears see the same tokens. A batch that was not ``feed`` ends where the weight of a linear is read again."""
@@ -217,8 +225,13 @@ class Recorder:
         session.heed(options)
         self._captured = capture(gm, inputs, options.root, session.names(inputs), session.tables)
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
+        self._matched = self._match(self._captured)
         self._units: dict[tuple[int, ...], Unit] = {}
-        self._code = compat.compiling()
+        if (code := compat.compiling()) is not None:
+            session._codes.append(code)
+        self._code = code
+        if GROUPED in regroup(self._matched.meta["sites"].values(), options.recipe.rules, inputs):  # what cannot be grouped is said when it is compiled
+            session.say(GROUPED)
 
     def __call__(self, *args: Any) -> Any:
         if self._session not in _SESSIONS:
@@ -234,11 +247,14 @@ class Recorder:
         return outputs
 
     def _unit(self, args: Sequence[Any]) -> Unit:
-        gm = self._captured
+        gm = self._matched
         if self._units:
-            remember_code(args, self._code)
-            gm = renamed(gm, args, self._session.names(args))
-        return Unit(run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options), args, autocast_of(args))
+            codes.remember(args, self._code)
+            gm = self._match(renamed(self._captured, args, self._session.names(args)))
+        return Unit(gm, args, autocast_of(args))
+
+    def _match(self, gm: fx.GraphModule) -> fx.GraphModule:
+        return run([PASSES[name] for name in ("normalize", "find_sites", "match")], gm, self._options)
 
 
 def autocast_of(args: Sequence[Any]) -> tuple[str, torch.dtype] | None:
@@ -309,25 +325,6 @@ def warn_of(outcome: Outcome) -> None:
     for lines in notes.values():
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         warnings.warn(f"qcompile: {'; '.join(lines[:4])}{more}", QcompileWarning, stacklevel=3)
-
-
-def _forget_code(fast: Any) -> None:
-    """Make Dynamo capture anew what it has compiled for ``fast``."""
-    for fn in functions(fast):
-        if hasattr(fn, "__code__"):
-            compat.reset_code(fn.__code__)
-    module = module_of(fast)
-    mine = {id(p) for p in module.parameters()} if module is not None else None
-    _CODES[:] = [(code, refs) for code, refs in _CODES if any(ref() is not None for ref in refs)]
-    for code, refs in _CODES:
-        if mine is None or compat.is_wrapper(code) or any(id(ref()) in mine for ref in refs):
-            compat.reset_code(code)
-
-
-def remember_code(inputs: Sequence[Any], code: Any = None) -> None:
-    """Note which code a graph belongs to, the one that is being compiled or ``code``, so that it can be captured again for the owner of the parameters among ``inputs``: instances share graphs."""
-    if (code := code or compat.compiling()) is not None:
-        _CODES.append((code, [weakref.ref(a) for a in inputs if isinstance(a, nn.Parameter)]))
 
 
 def concrete(value: Any) -> Any:

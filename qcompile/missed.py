@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from qcompile.report import KeptRow
 
 if TYPE_CHECKING:
     from qcompile.backend import CompiledGraph
+    from qcompile.passes.sites import Site
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 LOOP = "experts run in an eager Python loop, outside every graph and in 16 bits; model.set_experts_implementation('grouped_mm') lets them be compiled"
@@ -31,11 +32,11 @@ def refusals(graph: CompiledGraph) -> list[str]:
     return [f"{reasons.count(reason)} linears are emulated by dequantize + matmul: {reason}" for reason in sorted(set(reasons))]
 
 
-def regroup(graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[bool, bool]:
-    """Experts that a graph's routers choose and that are told to run one by one run grouped from now on, in this call already: Dynamo has not come to them yet. Whether some were told so (``GROUPED``),
-    and whether some cannot be (``LOOP``)."""
-    told = [_tell(owner) for owner in _looped(graph, inputs)]
-    return any(told), not all(told)
+def regroup(sites: Iterable[Site], rules: Iterable[Rule], inputs: Sequence[Any]) -> tuple[str, ...]:
+    """Experts that a graph's routers choose and that are told to run one by one run grouped from now on, in this call already: Dynamo has not come to them yet. What is to be said of it: ``GROUPED`` where
+    some were told so, ``LOOP`` where some cannot be."""
+    told = [_tell(owner) for owner in _looped(sites, rules, inputs)]
+    return (GROUPED,) * any(told) + (LOOP,) * (not all(told))
 
 
 def _tell(experts: nn.Module) -> bool:
@@ -49,13 +50,13 @@ def _tell(experts: nn.Module) -> bool:
     return True
 
 
-def _looped(graph: CompiledGraph, inputs: Sequence[Any]) -> list[nn.Module]:
+def _looped(sites: Iterable[Site], rules: Iterable[Rule], inputs: Sequence[Any]) -> list[nn.Module]:
     """Owners of stacks of experts that lie beside one of the graph's routers, are told to run one by one (transformers 5: the experts' own configuration), and are not in the graph."""
-    routers = [inputs[site.param.index] for site in graph.sites.values() if site.role == "router"]
+    routers = [inputs[site.param.index] for site in sites if site.role == "router"]
     if not routers:
         return []
     names, taken = owners(), {id(x) for x in inputs}
-    left = [rule for rule in graph.options.recipe.rules if rule.weight is None]
+    left = [rule for rule in rules if rule.weight is None]
     beside = tuple(names[id(r)][1].rpartition(".")[0] + "." for r in routers if id(r) in names)
     return [
         owner

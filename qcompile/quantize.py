@@ -108,20 +108,26 @@ def _install(model: nn.Module, units: Sequence[Unit], codes: dict[Key, QTensor])
     held, done = {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}, set()
     kept: dict[int, str] = {}
     several = held_by_several(model)
-    todo = [(unit, unit.sites[name], choice, weakref.ref(unit.parameter(unit.sites[name]))) for unit in units for name, choice in unit.plan.items() if _solved(unit, name)]
+    todo = [
+        (site := unit.sites[name], choice, weakref.ref(unit.parameter(site)), _trained_range(unit, site, choice))  # now: the first of those that read one input is replaced before the others
+        for unit in units for name, choice in unit.plan.items() if _solved(unit, name)
+    ]  # fmt: skip
     for unit in units:  # several graphs may read one weight: all are asked
         for site in (unit.sites[name] for name in unit.plan if _solved(unit, name)):
             p = unit.parameter(site)
             if reason := "the model does not hold it" if id(p) not in held else "another module holds it, too" if id(p) in several else _unfit(unit, site):
                 kept.setdefault(id(p), f"{site.path} ({reason})")
-    for unit, site, choice, ref in todo:
+    for site, choice, ref, trained in todo:
         parameter = ref()
         if parameter is None or id(parameter) in kept or id(parameter) in done:
             continue
         owner, attribute = held[id(parameter)]
         record = TABLE.record(parameter, site.path)
         solution = record.solutions[solution_key(site, choice)].now()
-        _take_what_was_learned(unit, site, choice, solution, parameter)
+        solution.range = trained or solution.range
+        if solution.q is None and not choice.methods:  # a model that was trained quantized keeps the steps of its training, so that its codes are those of its own evaluation
+            with torch.no_grad():
+                solution.q = STATE.codes(parameter, site.view, view(parameter.detach(), site.view), choice.weight, site.path)
         solution.q = codes.pop((id(parameter), *solution_key(site, choice)), None) if solution.q is None else solution.q
         if solution.q is None:
             with torch.no_grad():
@@ -135,14 +141,12 @@ def _install(model: nn.Module, units: Sequence[Unit], codes: dict[Key, QTensor])
         warnings.warn(f"qcompile: kept in 16 bits: {', '.join(list(kept.values())[:5])}{more}", QcompileWarning, stacklevel=3)
 
 
-def _take_what_was_learned(unit: Unit, site: Site, choice: Choice, solution: Solution, p: Tensor) -> None:
-    """A model that was trained quantized keeps the steps and ranges of its training, so that its codes are those of its own evaluation."""
-    if solution.q is None and not choice.methods:
-        with torch.no_grad():
-            solution.q = STATE.codes(p, site.view, view(p.detach(), site.view), choice.weight, site.path)
-    if choice.input is not None and choice.input.static:
-        first, _ = leader(unit.gm, site, choice)
-        solution.range = STATE.range(unit.parameter(first), first.name, first.view, choice.input) or solution.range
+def _trained_range(unit: Unit, site: Site, choice: Choice) -> tuple[Tensor, ...]:
+    """The range of a static input that a model trained quantized has learned; empty where there is none."""
+    if choice.input is None or not choice.input.static:
+        return ()
+    first, _ = leader(unit.gm, site, choice)
+    return STATE.range(unit.parameter(first), first.name, first.view, choice.input)
 
 
 def _solved(unit: Unit, name: str) -> bool:

@@ -752,3 +752,26 @@ def test_the_option_bounds_the_memory():
     with pytest.warns(QcompileWarning, match="2 batches were not recorded"):
         assert calibrate(fast, [torch.randn(6, 32) for _ in range(3)], progress=False).outcome.tokens == 6
     assert calibrate(fast, [torch.randn(64, 32)], progress=False, memory="1MB").outcome.tokens >= 64
+
+
+def test_a_function_without_parameters_between_graph_breaks():
+    """Transformers' masks are such: what Dynamo captured of it while recording must not outlive the sitting."""
+
+    def halved(x):
+        torch._dynamo.graph_break()
+        return x / 2
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.b(halved(self.a(x)))
+
+    model, x = Between(), rows(8, 32)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "W8A8_STATIC", "lower": "eager"})
+    with torch.no_grad():
+        for _ in range(2):
+            calibrate(fast, [x], progress=False)
+            assert 0 < float((fast(x) - model(x)).norm()) < 0.03 * float(model(x).norm())

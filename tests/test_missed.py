@@ -64,6 +64,26 @@ def test_transformers_eager_experts(name):
     assert any(note.endswith(GROUPED) for note in report.notes)
 
 
+@pytest.mark.parametrize("how", ["calibrate", "quantize"])
+def test_transformers_eager_experts_are_calibrated(how):
+    """The recording, too, tells them to run grouped before Dynamo comes to their loop: ranges of their inputs are those of the data, not of the next call."""
+    model, inputs = tiny("mixtral", num_hidden_layers=1)
+    model.set_experts_implementation("eager")
+    inputs["use_cache"] = False
+    options = EAGER | {"recipe": "W8A8_STATIC"}
+    with torch.no_grad(), said() as texts:
+        if how == "quantize":
+            outcome = qcompile.quantize(model, "W8A8_STATIC", [inputs], progress=False)
+            assert {line.name.rpartition(".")[2] for line in outcome.solved} >= {"gate_up_proj", "down_proj"}
+        fast = torch.compile(model, backend="qcompile", options=options)
+        if how == "calibrate":
+            qcompile.calibrate(fast, [inputs], progress=False)
+        report = qcompile.explain(fast, **inputs)
+    assert [text for text in texts if "Python loop" in text] == [f"qcompile: {GROUPED}"], "once"
+    assert not [text for text in texts if "first call" in text], "nothing is left to calibrate"
+    assert {row.name.rpartition(".")[2] for row in report.sites} >= {"gate_up_proj", "down_proj"}
+
+
 def looped() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Mixtral whose experts know no other form than the loop."""
     model, inputs = tiny("mixtral")

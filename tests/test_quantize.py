@@ -234,6 +234,19 @@ def test_what_calibration_found_is_stored(recipe):
     assert float((y - exact).norm()) < 0.03 * float(exact.norm())
 
 
+def test_ranges_of_linears_that_read_one_input():
+    """q, k and v share their range, which the first of them keeps; it is replaced before the others. The same as calibrating the model and leaving its weights."""
+    model, given = tiny("llama", num_hidden_layers=1)
+    twin, given = copy.deepcopy(model), {**given, "use_cache": False}
+    with torch.no_grad(), said():
+        calibrated = fast(twin, recipe="W8A8_STATIC")
+        qcompile.calibrate(calibrated, [given], progress=False)
+        wanted = calibrated(**given).logits
+        quantized(model, "W8A8_STATIC", [given])
+        assert stored(model) >= {f"model.layers.0.self_attn.{x}_proj" for x in "qkv"}
+        torch.testing.assert_close(fast(model, recipe="W8A8_STATIC")(**given).logits, wanted)
+
+
 # --- an ordinary module ------------------------------------------------------------------------------------------------------
 
 
