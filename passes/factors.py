@@ -21,16 +21,27 @@ def factors(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite every merged product some of whose columns a vector multiplies."""
     done = 0
     for product in list(gm.graph.nodes):
-        if is_product(product, ("linear", "scaled_linear")) and len(product.users) == 1:
-            (whole,) = product.users
-            if whole.target == "to" and all(user.target is torch.narrow and user.args[0] is whole for user in whole.users) and _hoist(gm.graph, product, whole):
-                done += 1
+        if not is_product(product, ("linear", "scaled_linear")):
+            continue
+        value = _with_bias(product)
+        whole = next(iter(value.users)) if len(value.users) == 1 else value
+        if whole.target == "to" and all(user.target is torch.narrow and user.args[0] is whole for user in whole.users) and _hoist(gm.graph, value, whole):
+            done += 1
     gm.meta["note"] = f"{done} merged products take a vector"
     return gm
 
 
+def _with_bias(product: fx.Node) -> fx.Node:
+    """The sum of a product and a vector (its linears' biases) where nothing else reads the product; else the product."""
+    if len(product.users) == 1:
+        (user,) = product.users
+        if user.target is torch.add and user.args[0] is product and not user.kwargs and isinstance(bias := example(user.args[1]), Tensor) and bias.dim() == 1:
+            return user
+    return product
+
+
 def _hoist(graph: fx.Graph, product: fx.Node, whole: fx.Node) -> bool:
-    """``whole`` is ``product`` (..., N), float32, cast once; its users are the linears' columns. Returns whether any of them was multiplied by a vector."""
+    """``whole`` is ``product`` (..., N), with biases or without, float32, cast once; its users are the linears' columns. Returns whether any of them was multiplied by a vector."""
     parts = sorted((user for user in whole.users if user.target is torch.narrow), key=lambda part: part.args[2])  # type: ignore[arg-type,return-value]
     found = {part: use for part in parts if (use := _multiplied(part)) is not None}
     if not found:

@@ -126,7 +126,9 @@ class Builder:
             return y
         value = example(y)
         pieces = [b if b is not None else graph.call_function(torch.zeros, (site.n,), {"dtype": value.dtype, "device": value.device}) for b, site in zip(biases, sites)]
-        out = graph.call_function(torch.add, (y, graph.call_function(torch.cat, (pieces,))))
+        bias = graph.call_function(torch.cat, (pieces,))
+        bias.meta["example_value"] = value.new_empty((value.shape[-1],))
+        out = graph.call_function(torch.add, (y, bias))
         out.meta["example_value"] = value
         return out
 

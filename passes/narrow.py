@@ -37,9 +37,9 @@ def is_product(node: Any, names: tuple[str, ...]) -> bool:
 
 
 def cast_behind(product: fx.Node) -> fx.Node | None:
-    """The cast to 16 bits that alone reads the product, or its sum or product with a vector."""
+    """The cast to 16 bits that alone reads the product, or what a bias and factors for the next linear's input make of it."""
     node = product
-    for _ in range(2):
+    for _ in range(3):
         if len(node.users) != 1:
             return None
         user = next(iter(node.users))

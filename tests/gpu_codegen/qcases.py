@@ -126,12 +126,13 @@ def transformer(name: str, layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def static_models() -> Parts:
-    """GPT-2, OPT (ReLU) and BERT under static int8."""
+    """GPT-2, OPT (ReLU) and BERT under static int8, OPT also with smoothing vectors."""
     parts: Parts = {}
     for name in ("gpt2", "opt", "bert"):
         torch._dynamo.reset()
         parts.update(quantized(*transformer(name), {name: {"recipe": "W8A8_STATIC"}}))
-    return parts
+    torch._dynamo.reset()
+    return parts | quantized(*transformer("opt"), {"opt smoothed": {"recipe": "W8A8_SMOOTHQUANT_STATIC"}})
 
 
 LAYERS = (

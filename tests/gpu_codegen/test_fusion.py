@@ -120,6 +120,12 @@ def test_templates_of_static_models_compile(qcase: QCase, name: str) -> None:
 
 
 @pytest.mark.slow
+def test_smoothing_vectors_add_no_kernel_where_linears_have_biases(qcase: QCase) -> None:
+    """q, k and v are one product, their biases one sum, and the vector that divides o's input multiplies v's columns in the same store."""
+    parts = qcase("static_models", compile=False)
+    assert kinds(parts["opt smoothed"]) == kinds(parts["opt"])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert"])
 def test_static_models_requantize_in_the_template(qcase: QCase, name: str) -> None:
     """fc1, its bias, activation and re-quantization are one kernel that stores int8 alone; fc2 reads that buffer; no float32 tensor, and no 16-bit one of the hidden size, goes to memory."""

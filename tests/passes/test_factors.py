@@ -13,16 +13,20 @@ SIZES = (6, 2, 4)
 """Rows of q, k and v."""
 
 
-def lowered(*, vector: str = "v", cast: bool = True, more: bool = False, dtype: torch.dtype = torch.bfloat16) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
-    """What ``lower`` leaves: a product, cast once, its columns, one of them times a vector of float32 and cast back."""
+def lowered(*, vector: str = "v", cast: bool = True, more: bool = False, bias: int = 0, dtype: torch.dtype = torch.bfloat16) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """What ``lower`` leaves: a product, with ``bias`` biases, cast once, its columns, one of them times a vector of float32 and cast back."""
     torch.manual_seed(0)
     values = {"x": torch.randn(3, 5).to(dtype), "codes": torch.randint(-8, 8, (sum(SIZES), 5), dtype=torch.int8), "scale": torch.rand(sum(SIZES), 1), "s": torch.rand(8) + 0.5}
+    values |= {f"b{i}": torch.randn(sum(SIZES)) for i in range(bias)}
     graph = fx.Graph()
     nodes = {name: graph.placeholder(name) for name in values}
     for name, value in values.items():
         nodes[name].meta["example_value"] = value
     y = graph.call_function(torch.ops.qcompile.linear.default, (nodes["x"], [nodes["codes"], nodes["scale"]], "int8.row"))
     y.meta["example_value"] = torch.empty(3, sum(SIZES))
+    for i in range(bias):
+        y = graph.call_function(torch.add, (y, nodes[f"b{i}"]))
+        y.meta["example_value"] = torch.empty(3, sum(SIZES))
     whole = graph.call_method("to", (y, dtype))
     whole.meta["example_value"] = torch.empty(3, sum(SIZES), dtype=dtype)
     parts = []
@@ -44,8 +48,10 @@ def lowered(*, vector: str = "v", cast: bool = True, more: bool = False, dtype: 
 
 @pytest.mark.parametrize("vector", ["q", "k", "v"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_whole_product_takes_the_vector(vector: str, dtype: torch.dtype) -> None:
-    gm, values = lowered(vector=vector, dtype=dtype)
+@pytest.mark.parametrize("bias", [0, 1])
+def test_the_whole_product_takes_the_vector(vector: str, bias: int, dtype: torch.dtype) -> None:
+    """Behind the biases, which v's vector multiplies, too."""
+    gm, values = lowered(vector=vector, bias=bias, dtype=dtype)
     before = gm(*values.values())
     PASSES["factors"].fn(gm, None)
     gm.graph.lint()
@@ -78,9 +84,9 @@ narrow_2 = narrow(to, -1, 8, 4)
 return (narrow, narrow_1, narrow_2)""")
 
 
-@pytest.mark.parametrize("case", [{"more": True}, {"cast": False}])
+@pytest.mark.parametrize("case", [{"more": True}, {"cast": False}, {"bias": 2}])
 def test_columns_that_something_else_reads_stay(case: dict[str, bool]) -> None:
-    """Also where nothing rounds behind the vector: then the product of columns has another dtype."""
+    """Also where nothing rounds behind the vector: then the product of columns has another dtype. Two sums are not what ``lower`` leaves."""
     gm, _ = lowered(**case)
     before = text(gm)
     PASSES["factors"].fn(gm, None)
