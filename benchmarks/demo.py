@@ -2,6 +2,7 @@
 
 Everything is measured in this one run: the same windows of `heldout.txt` for all, and greedy decoding against *compiled* fp32, the candidates taking turns, medians shown.
 Exits with 1 where a quantized model's perplexity is out of bounds. Writes out/demo.html (the tables and the picture), out/demo.png and out/demo.json.
+`--quick` does the same with W8A8 alone, on one window, with two tokens, and leaves fp32 eager, which takes as long to compile: it shows that all of it runs, and its speeds say nothing.
 """
 
 from __future__ import annotations
@@ -226,7 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_argument("--turns", type=int, default=5)
     cli.add_argument("--recipes", nargs="*", default=RECIPES, choices=RECIPES)
     cli.add_argument("--out", type=Path, default=Path("out"))
+    cli.add_argument("--quick", action="store_true", help="W8A8 on one window, two tokens, fp32 eager: does it run?")
     given = cli.parse_args(arguments)
+    if given.quick:
+        given.windows, given.tokens, given.turns, given.recipes = 1, 2, 1, RECIPES[:1]
     began, console = time.perf_counter(), Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -237,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("[bold yellow]No C++ compiler was found (CXX, g++, clang++): qcompile runs its eager references, which is slow, and fp32 is not compiled either.[/]")
     _, tokenizer = load()
     windows = held_out(tokenizer, given.windows)
-    results = measure(windows, given.recipes, given.tokens if compiler else 8, given.turns if compiler else 1, compiler, console)
+    results = measure(windows, given.recipes, given.tokens if compiler else 8, given.turns if compiler else 1, compiler and not given.quick, console)
     for r in results[1:]:
         console.rule(r.name)
         console.print(r.report, markup=False, highlight=False, soft_wrap=True)

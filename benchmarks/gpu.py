@@ -79,7 +79,7 @@ def machine() -> Row:
     }  # fmt: skip
 
 
-def rows_of(part: str, about: Row, only: Sequence[str] = ()) -> list[tuple[str, Callable[[], Row]]]:
+def rows_of(part: str, about: Row, only: Sequence[str] = ()) -> list[tuple[str, partial[Row]]]:
     """(what, how) of each row of a part, in order; ``only`` are recipes."""
 
     def wanted(cases: Sequence[Any]) -> list[Any]:
@@ -99,6 +99,12 @@ def rows_of(part: str, about: Row, only: Sequence[str] = ()) -> list[tuple[str, 
     }
     how, rows = todo[part]
     return [(" ".join(str(value) for value in row if value is not about), partial(how, *row)) for row in rows]
+
+
+def recipes(parts: Sequence[str]) -> list[str]:
+    """Those that rows of these parts have, which ``only`` may name. The rows of `lines` have none: nothing leaves them out."""
+    cases = [run.args[0] for part in parts for _, run in rows_of(part, {})]
+    return list(dict.fromkeys(case.recipe for case in cases if hasattr(case, "recipe")))
 
 
 def attempt(what: str, measure_row: Callable[[], Row]) -> Row:

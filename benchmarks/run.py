@@ -242,7 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if unknown := set(given.parts or ()) - set(gpu.PARTS):
             cli.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(gpu.PARTS)}")
-        return 1 if gpu.measure(given.parts or gpu.PARTS, given.case, given.json, given.seconds) else 0
+        parts = given.parts or gpu.PARTS
+        there = gpu.recipes(parts)
+        if unknown := sorted(set(given.case) - set(there)):
+            cli.error(f"unknown cases {', '.join(map(repr, unknown))} of {', '.join(parts)}; there are {', '.join(there) or 'none'}, each an argument of its own")
+        return 1 if gpu.measure(parts, given.case, given.json, given.seconds) else 0
     given.parts, given.json = tuple(given.parts or PARTS), given.json or RESULTS
     if unknown := set(given.parts) - set(PARTS):
         cli.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")

@@ -25,7 +25,7 @@ from qcompile.core.errors import Skip
 from qcompile.core.layouts import BLOCK
 from qcompile.core.scheme import GROUPS, Scheme
 
-from . import decode, tiles
+from . import decode, tiles, tuned
 from .beside import Beside
 from .op import Case
 from .tiles import SUB
@@ -326,6 +326,8 @@ def operand(c: Case) -> str:
 
 def lower(c: Case, op: str, inputs: Sequence[Any], scheme: str, config: dict[str, int], gate: Gate | None = None, beside: Beside | None = None) -> Any:
     """Inductor's node: (M, N) float32, N half of the weight's rows where it is gated. ``inputs`` begin with x, and end with what stands beside the loop."""
+    if compat.launches_early(c.device):
+        config = tuned.spread(config, c, 1 if gate is None else 2)
     split, dot = config["SPLIT"] > 1, operand(c)
     m = compat.sizes(inputs[0])[0]
     rows = compat.static_int(m)

@@ -68,6 +68,13 @@ def launches_early(device: torch.device) -> bool:
     return bool(torch._inductor.config.triton.enable_pdl) and device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device, as Inductor counts them."""
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    return int(DeviceProperties.create(device).multi_processor_count or 1)
+
+
 def always_wait() -> None:
     """Inductor's own kernels wait for the one before only where they read what it wrote, or load anything at all. One that only fills memory does not, and the kernel behind it, which waits for
     the fill alone, could run before what came before the fill is done. So that one waits, too."""

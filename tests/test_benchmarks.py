@@ -32,6 +32,19 @@ def test_linear(tmp_path):
     assert {row["recipe"] for row in report["linear"]} == {"W8A8", "NF4"}
 
 
+def test_unknown_parts_are_refused(tmp_path, monkeypatch, capsys):
+    """Before anything is measured, and with what there is."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import run as benchmark
+
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it measures"))
+    for parts, unknown in ((["linear", "overheads"], "overheads"), (["linear overhead"], "linear overhead")):
+        with pytest.raises(SystemExit):
+            benchmark.main(["cpu", "--json", str(tmp_path / "run.json"), "--parts", *parts])
+        assert f"unknown parts {unknown}; there are linear, overhead, compile" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("QCOMPILE_SLOW" not in os.environ, reason="four processes compile C++, and test_caches shows the same of the caches: QCOMPILE_SLOW=1 runs it")
 def test_compile_time(tmp_path):

@@ -1,10 +1,13 @@
-"""The parts of `benchmarks/demo.py` on few tokens; the whole of it is `make demo`."""
+"""`benchmarks/demo.py`: its parts on few tokens, and all of it as `make demo` runs it, by its quick form."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -108,3 +111,22 @@ def test_says_that_there_is_no_compiler(demo, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert not demo.has_compiler()
+
+
+@pytest.mark.slow
+def test_the_command(demo, loaded, tmp_path):
+    """Into the folder where it is run: what it prints is what it writes, and fp32's perplexity is the model's."""
+    pytest.importorskip("matplotlib")
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "demo.py"), "--quick"], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    cells = [[cell.strip() for cell in line[1:-1].split("\u2502")] for line in done.stdout.splitlines() if line.startswith("\u2502")]
+    rows = json.loads((tmp_path / "out" / "demo.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["fp32, eager", "W8A8"]
+    assert [[line[0], line[4], line[7]] for line in cells] == [[row["name"], f"{row['perplexity']:.3f}", f"{row['times_fp32']:.2f}"] for row in rows]
+    model, tokenizer = loaded
+    assert rows[0]["perplexity"] == pytest.approx(demo.perplexity(model, demo.held_out(tokenizer, 1)), rel=1e-4)
+    assert 1 < rows[1]["perplexity"] <= demo.BOUND["W8A8"] * rows[0]["perplexity"] and rows[1]["linears_mb"] < rows[0]["linears_mb"] / 2
+    page = (tmp_path / "out" / "demo.html").read_text("utf-8")
+    assert all(part in page for part in ("data:image/png;base64,", "W8A8", "kept as it is", demo.PROMPT.split("\n")[0], cells[1][4]))
+    assert (tmp_path / "out" / "demo.png").stat().st_size > 1000

