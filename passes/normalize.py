@@ -19,6 +19,7 @@ from torch import fx
 from qcompile.core.errors import Skip
 
 from . import attention, einsum, experts
+from .apart import apart
 from .checkpoints import write_out
 from .infra import graph_pass, target_name
 from .sites import CASTS, LeftAlone, example, is_transpose, rows
@@ -43,7 +44,7 @@ HARMLESS = {
     "softplus", "softmax", "log_softmax", "clamp", "clip", "maximum", "minimum", "sin", "cos", "sign", "floor", "ceil", "round", "reciprocal", "lerp", "addcmul", "addcdiv",
     "iadd", "isub", "imul", "itruediv", "rsub", "multiply", "divide", "subtract", "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "erf", "cumsum", "prelu",
     "leaky_relu", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "weight_norm", "weight_norm_interface", "linalg_norm", "linalg_vector_norm", "vector_norm", "sum", "mean",
-    "var", "std", "amax", "amin", "max", "min", "argmax", "all", "any", "isnan", "isinf", "isfinite", "scaled_dot_product_attention",
+    "get_data_attr", "lower_version_count_by_1", "renorm", "set", "var", "std", "amax", "amin", "max", "min", "argmax", "all", "any", "isnan", "isinf", "isfinite", "scaled_dot_product_attention",
 }  # fmt: skip
 """Operations that may read a matrix without being a product with a layer's weight, by their names (``add``, ``add_`` and ``__add__`` are one)."""
 ENCODER = ": this fast path of nn.TransformerEncoderLayer is one operation; torch.backends.mha.set_fastpath_enabled(False) makes it a graph of linears"
@@ -55,12 +56,14 @@ def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
     """Rewrite what can be; list the other matrix products with parameters in ``gm.meta["skipped"]``."""
     write_out(gm, marked=False)  # a model in training mode checkpoints under no_grad, too
     skipped: list[LeftAlone] = list(gm.meta.get("skipped", []))
+    alone = apart(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
         rule = next(rule for match, rule in RULES if match(node))
-        refusal = rule(gm.graph, node)
+        refusal = alone[node] if node in alone and node.target in PRODUCTS else rule(gm.graph, node)
         if isinstance(refusal, Skip):
+            node.meta["apart"] = True
             skipped += [_left_alone(node, p, "a buffer, no parameter" if "buffer" in p.meta else str(refusal)) for p in _parameters(node)]
     gm.meta["skipped"] = skipped
     return gm
@@ -72,6 +75,8 @@ def parameter_of(node: Any) -> fx.Node | Skip:
     while isinstance(node, fx.Node):
         if node.op == "placeholder" or is_element(node):
             known = node.op != "placeholder" or "param" in node.meta
+            if known and (value := example(node)) is not None and value.is_complex():
+                return Skip("a complex parameter")
             return node if known else Skip("the second factor is not a parameter")
         if node.target in CASTS or (node.target is getattr and node.args[1] == "data") or is_transpose(node):
             node = node.args[0]
@@ -89,8 +94,9 @@ def is_element(node: fx.Node) -> bool:
 def _linear(graph: fx.Graph, node: fx.Node) -> Skip | None:
     x, weight, bias = _arguments(node, ("input", "weight", "bias"))
     found = parameter_of(weight)
-    if isinstance(found, Skip):
-        return found
+    value = example(weight)
+    if isinstance(found, Skip) or (value is not None and value.dim() != 2):
+        return found if isinstance(found, Skip) else Skip("a product with a vector")
     _replace(graph, node, x, weight, False, bias)
     return None
 
@@ -276,7 +282,7 @@ def _substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 def _parameters(node: fx.Node) -> list[fx.Node]:
     """Parameters (and factors that are buffers) of at least two dimensions among a node's inputs: read through views, or all that an input is computed from."""
     found = dict.fromkeys(p for source in node.all_input_nodes for p in _behind(source) or _origins(source))
-    return [p for p in found if "param" in p.meta or node.target in PRODUCTS]  # of buffers only the factors of products
+    return [p for p in found if "param" in p.meta] or [p for p in found if node.target in PRODUCTS]  # of buffers only the factors of products, and no masks of weights
 
 
 def _behind(source: Any) -> list[fx.Node]:
@@ -296,7 +302,7 @@ def _origins(source: fx.Node, limit: int = 32) -> list[fx.Node]:
     seen, front = {source}, [source]
     while front:
         node = front.pop()
-        if (node.op == "placeholder" and "param" not in node.meta) or node.op == "get_attr" or node.target in PRODUCTS or len(seen) > limit:
+        if (node.op == "placeholder" and "param" not in node.meta and ("buffer" not in node.meta or "mutated" in node.meta)) or node.op == "get_attr" or node.target in PRODUCTS or len(seen) > limit:
             return []  # a product of parameters alone is an activation, and a site of its own
         new = [n for n in node.all_input_nodes if n not in seen]
         seen.update(new)

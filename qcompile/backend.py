@@ -51,13 +51,13 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
     options = options or dict(DEFAULTS)  # as they are now, also where a graph is built later
     opts = Options.parse(options, mode)
-    if any(map(compat.is_fake, example_inputs)) and not (_training(example_inputs) and opts.train is None and session() is None):
+    if any(map(compat.is_fake, example_inputs)) and not (_training(gm, example_inputs) and opts.train is None and session() is None):
         return Later(example_inputs, lambda inputs: backend(gm, inputs, options=options, mode=mode))
     codes.remember(example_inputs)
     if (sitting := session()) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
     kind: type[CompiledGraph] = CompiledGraph
-    if _training(example_inputs):
+    if _training(gm, example_inputs):
         if opts.train is not None:
             from qcompile.train.graph import TrainingGraph
             from qcompile.train.lora import FrozenGraph
@@ -116,6 +116,7 @@ class CompiledGraph:
         self.lowered = lowered
         self._weights = sorted({site.param.index for site in self.sites.values()})  # those that keep 16 bits, too: in another layer a rule may decide otherwise
         self._first = [weakref.ref(inputs[i]) for i in self._weights]
+        self._devices = {i: inputs[i].device for i in self._weights}
         packed = [n.meta["example_value"] for n in lowered.graph.find_nodes(op="placeholder") if "packed" in n.meta]
         self._inner = self._compile(lowered, [*(inputs[i] for i in kept), *packed])
 
@@ -265,6 +266,9 @@ class CompiledGraph:
 
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))
+        for site in self.sites.values():
+            if (now := by_arg[site.param.index].device) != (then := self._devices[site.param.index]):
+                raise WeightError(f"{site.param.path} is on {now}, and this graph was compiled for {then}: move it back, or the whole model to one device, and call torch.compiler.reset()")
         last = {arg: i for i, slot in enumerate(self.slots) for arg in slot.args}
         out: list[Tensor] = []
         released: list[Tensor] = []
@@ -308,12 +312,12 @@ class _Eager:
         self._gm = gm
 
     def __call__(self, *args: Any) -> Any:
-        with torch.no_grad():
-            return self._gm(*args)
+        return self._gm(*args)
 
 
-def _training(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
+def _training(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Gradients are taken of what the graph returns: grad mode is on, or the graph turns it on, and some input requires them."""
+    return (torch.is_grad_enabled() or compat.enables_grad(gm.graph)) and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
 
 
 def _no_compiler(inputs: Sequence[Any]) -> str | None:

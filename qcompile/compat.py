@@ -258,6 +258,11 @@ def reset_code(code: Any) -> None:
         reset_code(later)
 
 
+def enables_grad(graph: fx.Graph) -> bool:
+    """Whether Dynamo's graph turns grad mode on for some of its nodes."""
+    return any(node.args and node.args[0] is True for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
+
+
 def original(fast: Any) -> Any:
     """What ``torch.compile`` was given: the module, or the function or bound method; the object itself where it is not compiled."""
     from torch._dynamo.eval_frame import innermost_fn

@@ -60,6 +60,7 @@ class Outcome:
 
     solved: list[Solved] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
+    """Of the model's output. Where code outside of the graphs makes later ones from earlier ones, these read what was recorded, and the quality is that of the graph whose own output is worst."""
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Of recording, solving and, offline, installing."""
@@ -73,6 +74,8 @@ class Run:
         self.outcome = Outcome(tokens=0)
         self._products: OrderedDict[tuple[Any, ...], Product] = OrderedDict()
         self._finished: set[int] = set()
+        self._ends: list[Quality] = []  # of graphs, other than the last, whose outputs no later one reads as they are
+        self._read = {id(earlier) for unit in units for call in unit.calls for earlier, _ in call.links.values()}
         self._names: dict[int, tuple[nn.Module, str, str]] = {}
         self._places: dict[tuple[int, tuple[str, ...]], producers.Place] = {}
 
@@ -98,6 +101,7 @@ class Run:
                         watch = self._watch([(unit, group)], group.names, Watch(("samples",), weight.shape[-1], 1, weight.device, (), routed=weight.dim() == 3, alone=True))
                         self._measure(known, watch, 0.0)
                 self._finish(unit)
+            self._worst()
         finally:
             for unit in self.units:
                 unit.reset()
@@ -131,6 +135,7 @@ class Run:
         for unit in self.units:
             self._sources(unit, len(order), last, maker, set())
             self._finish(unit)
+        self._worst()
         return self.outcome
 
     def _sources(self, unit: Unit, stage: int, last: Mapping[int, int], maker: Mapping[int, Unit], seen: set[int]) -> None:
@@ -147,12 +152,22 @@ class Run:
         self._finished.add(id(unit))
         last = unit is self.units[-1]
         head = head_of(unit)
+        quality = self.outcome.quality if last or head is not None else Quality()
 
         def compare(call: Call, outputs: Any) -> None:
-            if last or head is not None:
-                compared(self.outcome.quality, original(unit, call), outputs, head)
+            if quality is self.outcome.quality or id(call) not in self._read:
+                compared(quality, original(unit, call), outputs, head)
 
         finish(unit, self.product, compare)
+        if quality is not self.outcome.quality:
+            self._ends.append(quality)
+
+    def _worst(self) -> None:
+        """The quality of the worst end becomes the outcome's."""
+        for quality in self._ends:
+            known, own = quality.decibels, self.outcome.quality.decibels
+            if not quality.finite or (known is not None and own is not None and known < own):
+                self.outcome.quality = replace(quality, divergence=self.outcome.quality.divergence, positions=self.outcome.quality.positions)
 
     def _group(self, stage: Sequence[tuple[Unit, Group]], again: bool) -> None:
         unit, group = stage[0]

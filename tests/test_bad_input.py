@@ -8,6 +8,7 @@ from small import W8, Net, Tied, close, graphs, rounded, said
 from torch import nn
 
 from qcompile.backend import backend
+from qcompile.core.errors import WeightError
 from qcompile.passes import PASSES, Pass
 from qcompile.weights import TABLE
 
@@ -89,6 +90,22 @@ def test_one_parameter_moved_to_another_device(x):
         with pytest.raises(Exception, match=r"meta"):
             fast(x)
         model.up.weight = nn.Parameter(kept * 2)
+        assert close(fast(x), rounded(model)(x))
+
+
+def test_a_move_that_no_guard_sees(x):
+    """Torch 2.11's guards do not see ``.data =`` on another device: the graph runs, and the weights say it. ``tests/gpu/test_weights.py`` moves one; here the graph thinks that it was compiled elsewhere."""
+    model = Net()
+    fast = compiled(model)
+    with torch.no_grad(), graphs() as ran:
+        fast(x)
+        ((graph, _),) = ran
+        there = dict(graph._devices)
+        graph._devices = dict.fromkeys(there, torch.device("cuda:0"))
+        model.up.weight.mul_(2)
+        with pytest.raises(WeightError, match=r"up\.weight is on cpu, and this graph was compiled for cuda:0"):
+            fast(x)
+        graph._devices = there
         assert close(fast(x), rounded(model)(x))
 
 

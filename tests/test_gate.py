@@ -227,6 +227,33 @@ def test_a_collapse():
     assert not texts  # said once, where it was measured
 
 
+@pytest.mark.parametrize("ignore", [[], ["tail"]])
+def test_code_between_graphs_hides_no_collapse(ignore):
+    """What an eager step makes of one graph's output reaches the next as it was recorded: the quality is that of the worse of both."""
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tail = Layer(), nn.Linear(32, 40)
+
+        @torch.compiler.disable
+        def between(self, x):
+            return x * 1.0
+
+        def forward(self, x):
+            return self.tail(self.between(self.body.down(torch.relu(self.body.up(x)))))
+
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(64, 32)
+    with torch.no_grad(), said() as texts:
+        fast = torch.compile(model, backend="qcompile", options={"weight": "int2.row", "lower": "eager", "ignore": ignore})
+        sitting = calibrate(fast)
+        with sitting:
+            fast(x)
+    found = sitting.outcome.quality.decibels
+    assert found is not None and found < 10 and any("SQNR" in text for text in texts)
+
+
 def test_strict_raises_and_leaves_nothing_behind():
     m = model(0, 1, 2, 3, bare=True)
     fast = torch.compile(m, backend="qcompile", options={**TENSOR, "strict": True})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from captured import captured, outputs, refusals, texts, through
 from expecttest import assert_expected_inline
 from small import close
@@ -229,6 +230,23 @@ def test_a_buffer_is_listed():
     assert refusals(through(("normalize",), model, X)) == ["w (32, 64): a buffer, no parameter"] * 2
     (first, second) = qcompile.explain(torch.compile(model, backend="qcompile", options={"lower": "eager"}), X).kept
     assert first.name == second.name == "w" and first.flops == 2 * 4 * 32 * 64
+
+
+def test_a_pruned_weight_is_listed():
+    """Its mask is a buffer, which neither hides it nor is listed beside it."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    report = qcompile.explain(torch.compile(model.requires_grad_(False), backend="qcompile", options={"lower": "eager"}), X)
+    assert [(row.name, row.reason) for row in report.kept] == [("0.weight_orig", "the weight is computed in the graph (mul)")]
+    assert report.totals.coverage == 1 / 3
+
+
+def test_vectors_and_complex_weights_are_left_alone():
+    """``F.linear`` takes a vector, too."""
+    vector, spectrum = nn.Parameter(torch.randn(64), requires_grad=False), nn.Parameter(torch.randn(64, 32, dtype=torch.cfloat), requires_grad=False)
+    torch._dynamo.reset()
+    fast = torch.compile(lambda x: (F.linear(x, vector), x.cfloat() @ spectrum, F.linear(x.cfloat(), spectrum.t())), backend="qcompile", options={"lower": "eager", "weight": "int8.row"})
+    torch.testing.assert_close(fast(X), (F.linear(X, vector), X.cfloat() @ spectrum, X.cfloat() @ spectrum))
 
 
 class Cells(nn.Module):
