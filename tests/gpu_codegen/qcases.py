@@ -193,6 +193,12 @@ class Filled(nn.Module):
         return y + x, torch.arange(512, device=x.device) * 3
 
 
+def early_rows() -> Parts:
+    """Products of 64 rows that are launched early."""
+    layer = nn.Linear(2048, 2048, bias=False).to(torch.bfloat16)
+    return quantized(layer, (bf16(64, 2048),), {name: {"recipe": name, "inductor": {"triton.enable_pdl": True}} for name in ("W8A8", "W4A8", "NF4")})
+
+
 def early() -> Parts:
     """Kernels that begin while the one before ends, and, "plain", the same without."""
     pdl = {"inductor": {"triton.enable_pdl": True}}

@@ -96,6 +96,13 @@ def test_early_launches_wait_for_the_kernel_before(qcase: Callable[..., dict[str
     compiles(result)
 
 
+@pytest.mark.parametrize("part", ["W8A8", "W4A8", "NF4"])
+def test_programs_that_are_launched_early_do_not_share_a_multiprocessor(qcase: Callable[..., dict[str, Any]], part: str) -> None:
+    """There are fewer than 132 of them: by the shared memory that Triton takes for their stages, two do not fit (``kernels/tuned.py``, ``spread``)."""
+    (product,) = [kernel for kernel in qcase("early_rows", compile="triton_tem")[part]["kernels"] if kernel["name"].startswith("triton_tem")]
+    assert 2 * (product["shared"] + 1024) > 228 * 1024 and product["spills"] == 0, product["config"]
+
+
 def test_launches_are_early_only_where_it_is_asked_for(qcase: Callable[..., dict[str, Any]]) -> None:
     assert not any("gdc_wait" in kernel["source"] or "'launch_pdl': True" in kernel["source"] for kernel in qcase("early")["plain"]["kernels"])
 

@@ -47,6 +47,33 @@ def test_support(weight: str, given: str | None) -> None:
     assert stream.supports(case(weight, given)) is None
 
 
+@pytest.mark.parametrize(
+    ("weight", "given", "m", "tile", "stages"),
+    [
+        ("int4.g128", "int8.row", 64, (64, 128, 1, 1, 8, 5), 8),  # 112 programs: one each, and 72 KB leave room for three
+        ("nf4.g64", None, 64, (64, 64, 1, 1, 4, 3), 4),  # 224 programs: two each
+        ("int8.row", "int8.row", 64, (64, 64, 1, 1, 4, 5), 5),
+        ("int4.g128", None, 64, (64, 64, 1, 2, 4, 3), 3),
+        ("int4.g128", "int8.row", 64, (64, 32, 2, 1, 4, 3), 3),  # 896 programs: as many as fit
+        ("int8.row", None, 16, (16, 32, 1, 1, 2, 5), 7),
+        ("int4.g128", None, 16, (16, 32, 1, 1, 2, 4), 4),
+        ("int8.row", "int8.row", 1, (1, 16, 1, 4, 1, 3), 3),
+        ("int4.g128", "int8.row", None, (64, 128, 1, 1, 8, 5), 5),
+    ],
+)  # fmt: skip
+def test_programs_that_are_launched_early_are_spread(monkeypatch: pytest.MonkeyPatch, weight: str, given: str | None, m: int | None, tile: tuple[int, ...], stages: int) -> None:
+    monkeypatch.setattr(tuned.compat, "multiprocessors", lambda device: 132)
+    before = dict(zip(tuned.FIELDS, (*tile, 1)))
+    assert tuned.spread(before, case(weight, given, m, 14336, 4096)) == {**before, "num_stages": stages}
+
+
+def test_few_columns_bound_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned.compat, "multiprocessors", lambda device: 132)
+    tile = dict(zip(tuned.FIELDS, (64, 128, 1, 1, 8, 3, 1)))
+    assert tuned.spread(tile, case("int4.g128", "int8.row", 64, 14336, 512))["num_stages"] == 4
+    assert tuned.spread(tile, case("int4.g128", "int8.row", 64, 28672, 4096), 2)["num_stages"] == 6, "two tiles of codes a stage"
+
+
 def test_float32_activations_are_not_streamed() -> None:
     assert "float32" in str(stream.supports(case("int4.g128", dtype=torch.float32)))
 
