@@ -9,26 +9,25 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile import compat
 from qcompile.core.errors import Skip
 
+from .sites import example
+
 OPENS, CLOSES = "_increment_nesting", "_decrement_nesting"
-SAME = {"data", "detach", "view", "reshape", "view_as", "narrow", "select", "getitem", "transpose", "t", "unsqueeze", "squeeze", "flatten", "permute", "_get_data_attr", "getattr", "chunk", "split"}
-"""What gives another view of one memory."""
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+INPLACE = {"setitem", "__setitem__", *(f"i{name}" for name in OPERATORS), *(f"__i{name}__" for name in OPERATORS)}
 NO_WRITES = {"requires_grad_", "share_memory_", "retain_grad"}
 
 
 def apart(graph: fx.Graph) -> dict[fx.Node, Skip]:
-    """Node -> why it is left alone, for every call inside a transform and every one that reads a written parameter."""
+    """Node -> why it is left alone, for every call inside a transform and every one that reads a written parameter, under whatever name: what counts is the memory of the example values."""
     found: dict[fx.Node, Skip] = {}
     opened: list[str] = []
-    written: dict[fx.Node, fx.Node] = {}
-    """What shares the memory of a parameter that was written -> the call that wrote it."""
-    roots: dict[fx.Node, fx.Node] = {}
-    """What shares the memory of a parameter -> the parameter."""
+    parameters = {key for node in graph.find_nodes(op="placeholder") if "param" in node.meta for key in _memory(node)}
+    written: dict[int, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if "param" in node.meta:
-                roots[node] = node
+        if node.op not in ("call_function", "call_method"):
             continue
         name = name_of(node)
         if name.endswith(OPENS):
@@ -37,15 +36,10 @@ def apart(graph: fx.Graph) -> dict[fx.Node, Skip]:
             opened.pop()
         elif opened:
             found[node] = Skip(f"inside a transform of torch.func ({opened[-1]}), which has no rule for quantized products")
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and source in roots and name in SAME:
-            roots[node] = roots[source]
+        for writer in (written[key] for read in node.all_input_nodes for key in _memory(read) if key in written):
+            found.setdefault(node, Skip(f"the forward writes this weight ({name_of(writer)}) before it multiplies by it"))
         for target in _targets(node, name):
-            if target in roots:
-                written.setdefault(roots[target], node)
-        for read in node.all_input_nodes:
-            if (root := roots.get(read)) in written and written[root] is not node:
-                found.setdefault(node, Skip(f"the forward writes this weight ({name_of(written[root])}) before it multiplies by it"))
+            written |= dict.fromkeys(parameters.intersection(_memory(target)) - written.keys(), node)
     return found
 
 
@@ -54,7 +48,14 @@ def name_of(node: fx.Node) -> str:
     return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
 
 
-def _targets(node: fx.Node, name: str) -> list[Any]:
+def _memory(node: fx.Node) -> list[int]:
+    """Keys of the memory of a node's value, or of all values in it."""
+    value = example(node)
+    return [key for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor) and (key := compat.storage_key(v)) is not None]
+
+
+def _targets(node: fx.Node, name: str) -> list[fx.Node]:
     """What a call writes to."""
-    inplace = (name.endswith("_") and not name.endswith("__") and name not in NO_WRITES) or node.target in (operator.setitem, torch.Tensor.__setitem__) or name in ("__setitem__", "iadd", "isub", "imul", "itruediv")
-    return [*([node.args[0]] if inplace and node.args else []), *([node.kwargs["out"]] if "out" in node.kwargs else [])]
+    inplace = (name.endswith("_") and not name.endswith("__") and name not in NO_WRITES) or name in INPLACE or node.target is operator.setitem or node.kwargs.get("inplace") is True
+    values: list[Any] = [*([node.args[0] if node.args else next(iter(node.kwargs.values()), None)] if inplace else []), node.kwargs.get("out")]
+    return [n for value in values for n in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(n, fx.Node)]

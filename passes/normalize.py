@@ -50,6 +50,8 @@ HARMLESS = {
 ENCODER = ": this fast path of nn.TransformerEncoderLayer is one operation; torch.backends.mha.set_fastpath_enabled(False) makes it a graph of linears"
 WHY = {"_transformer_encoder_layer_fwd": ENCODER, "_native_multi_head_attention": ENCODER.replace("TransformerEncoderLayer", "MultiheadAttention")}
 
+PLAIN = ("a buffer, no parameter", "a plain tensor, no parameter: nn.Parameter(tensor, requires_grad=False) is one")
+
 
 @graph_pass()
 def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
@@ -64,7 +66,7 @@ def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
         refusal = alone[node] if node in alone and node.target in PRODUCTS else rule(gm.graph, node)
         if isinstance(refusal, Skip):
             node.meta["apart"] = True
-            skipped += [_left_alone(node, p, "a buffer, no parameter" if "buffer" in p.meta else str(refusal)) for p in _parameters(node)]
+            skipped += [_left_alone(node, p, PLAIN[p.meta["buffer"].kind == "tensor"] if "buffer" in p.meta else str(refusal)) for p in _parameters(node)]
     gm.meta["skipped"] = skipped
     return gm
 

@@ -67,6 +67,12 @@ def dynamic(choice: Choice) -> Dynamic | None:
     return None
 
 
+def reads_weights(choice: Choice) -> bool:
+    """Whether each call gathers columns of the 16-bit weight, which then stays beside its codes."""
+    found = dynamic(choice)
+    return found is not None and not found.codes
+
+
 def given(graph: fx.Graph, x: fx.Node, mask: fx.Node, index: fx.Node) -> Split:
     """The split at columns that calibration chose."""
     dense = graph.call_function(torch.mul, (x, graph.call_method("to", (mask, example(x).dtype))))

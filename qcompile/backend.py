@@ -54,7 +54,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     if any(map(compat.is_fake, example_inputs)) and not (_training(gm, example_inputs) and opts.train is None and session() is None):
         return Later(example_inputs, lambda inputs: backend(gm, inputs, options=options, mode=mode))
     codes.remember(example_inputs)
-    if (sitting := session()) is not None:
+    if (sitting := session(example_inputs)) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
     kind: type[CompiledGraph] = CompiledGraph
     if _training(gm, example_inputs):

@@ -23,7 +23,7 @@ from qcompile.capture import capture
 from qcompile.core.errors import CalibrationError, QcompileError, QcompileWarning
 from qcompile.core.solution import CHOSE
 from qcompile.gate import enforce
-from qcompile.missed import GROUPED, regroup
+from qcompile.missed import GROUPED, module_of, regroup
 from qcompile.options import memory_of as budget
 from qcompile.owners import owners, owns
 from qcompile.passes import PASSES
@@ -226,7 +226,8 @@ class Recorder:
         self._captured = capture(gm, inputs, options.root, session.names(inputs), session.tables)
         self._params = [i for i, n in enumerate(self._captured.graph.find_nodes(op="placeholder")) if "param" in n.meta]
         self._matched = self._match(self._captured)
-        self._units: dict[tuple[int, ...], Unit] = {}
+        self._units: dict[tuple[int, ...], tuple[Unit, Session]] = {}
+        """Models of one class share a graph, and may be in sittings of their own."""
         if (code := compat.compiling()) is not None:
             session._codes.append(code)
         self._code = code
@@ -238,12 +239,13 @@ class Recorder:
             raise QcompileError("this graph was captured for a calibration that has ended; call torch.compiler.reset() and the model again")
         key = tuple(id(args[i]) for i in self._params)
         if key not in self._units:
-            self._units[key] = self._unit(args)
-        call = self._session.record(self._units[key], [concrete(a) for a in args])
+            self._units[key] = self._unit(args), session(args) or self._session
+        unit, sitting = self._units[key]
+        call = sitting.record(unit, [concrete(a) for a in args])
         with torch.no_grad():
             outputs = self._gm(*args)
         if call is not None:
-            self._session.returned(call, outputs)
+            sitting.returned(call, outputs)
         return outputs
 
     def _unit(self, args: Sequence[Any]) -> Unit:
@@ -273,8 +275,14 @@ def renamed(captured: fx.GraphModule, args: Sequence[Any], names: Mapping[int, t
     return copy
 
 
-def session() -> Session | None:
-    """The innermost open session."""
+def session(inputs: Sequence[Any] = ()) -> Session | None:
+    """The innermost open session; of several the innermost whose model has parameters among ``inputs``."""
+    if len(_SESSIONS) > 1:
+        read = {id(a) for a in inputs if isinstance(a, nn.Parameter)}
+        for one in reversed(_SESSIONS):
+            module = module_of(one.fast)
+            if module is not None and any(id(p) in read for p in module.parameters()):
+                return one
     return _SESSIONS[-1] if _SESSIONS else None
 
 

@@ -34,8 +34,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "", names: Ma
             full = f"{root}.{relative}".strip(".") if root else f"{path}.{name}".strip(".") or relative or node.name
             node.meta["param"] = Param(index, full, type(owner).__name__ if owner is not None else "", id(value) in tables, value.requires_grad)
             continue
-        if isinstance(value, Tensor) and "_buffers[" in (source := compat.source_name(node)):
-            node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."))
+        source = compat.source_name(node) if isinstance(value, Tensor) else ""
+        if "_buffers[" in source or source.startswith("L['self']"):  # or a plain tensor that is an attribute
+            node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."), "" if "_buffers[" in source else "tensor")
         if isinstance(value, Tensor) and _is_written(node):
             node.meta["mutated"] = True
             compat.mark_static(node)

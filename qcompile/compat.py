@@ -258,6 +258,14 @@ def reset_code(code: Any) -> None:
         reset_code(later)
 
 
+def storage_key(value: torch.Tensor) -> int | None:
+    """What tensors that share memory have in common, fake ones too; None where they have none that can be seen (inside transforms, sparse ones)."""
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def enables_grad(graph: fx.Graph) -> bool:
     """Whether Dynamo's graph turns grad mode on for some of its nodes."""
     return any(node.args and node.args[0] is True for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))

@@ -16,6 +16,7 @@ from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.histories import troubles
 from qcompile.missed import LOOP, functions, limit, module_of, unread, why_nothing
+from qcompile.passes.outliers import dynamic, reads_weights
 from qcompile.report import Calibrated, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
 from qcompile.sqnr import energy, output_db, ratio, sqnr
 from qcompile.trained import STATE
@@ -115,9 +116,10 @@ class _Collector:
             use.names[site.name] = name
             if isinstance(choice, Choice):
                 weight.quantized[site.view] = site.nbytes
-                tensors = measured.packed[site.name]
+                tensors = [*measured.packed[site.name], *measured.columns(site)]
                 weight.packed |= {id(t): t.nbytes for t in tensors}
-                after = sum(t.nbytes for t in tensors)
+                weight.kept |= (whole := reads_weights(choice))
+                after = sum(t.nbytes for t in tensors) + whole * site.nbytes
                 bits = 8 * after / max(site.nbytes // site.dtype.itemsize, 1)
                 given = str(choice.input) if choice.input else None
                 decibels = measured.weight_db(site), measured.output_db.get(site.name)
@@ -282,6 +284,13 @@ class _Measured:
 
         choice = self._choice(site)
         return self._tensors_of(slot_of("weight", site, choice), self.args[site.param.index])
+
+    def columns(self, site: Site) -> list[Tensor]:
+        """The weight's columns beside the codes, in its own dtype, of a static split."""
+        from qcompile.passes.slots import slot_of
+
+        choice = self._choice(site)
+        return self._tensors_of(slot_of("columns", site, choice), self.args[site.param.index]) if choice.outliers and dynamic(choice) is None else []
 
     def _count(self, name: str, x: Tensor, which: Tensor | None) -> None:
         self.rows[name] = x.numel() // self.graph.sites[name].k

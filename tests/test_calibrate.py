@@ -775,3 +775,15 @@ def test_a_function_without_parameters_between_graph_breaks():
         for _ in range(2):
             calibrate(fast, [x], progress=False)
             assert 0 < float((fast(x) - model(x)).norm()) < 0.03 * float(model(x).norm())
+
+
+def test_two_models_in_two_sittings_at_once():
+    """Each sitting gets its model's graphs, in whatever order they are called."""
+    models, x = [nn.Sequential(nn.Linear(32, 32)) for _ in range(2)], rows(40, 32)
+    f, g = (torch.compile(m, backend="qcompile", options={"recipe": "W8A8_STATIC", "lower": "eager"}) for m in models)
+    with torch.no_grad():
+        with calibrate(f, progress=False) as outer, calibrate(g, progress=False) as inner:
+            g(f(x))
+        assert [line.tokens for s in (outer, inner) for line in s.outcome.solved] == [40, 40]
+        wanted = models[1](models[0](x))
+        assert 0 < float((g(f(x)) - wanted).norm()) < 0.03 * float(wanted.norm())

@@ -434,6 +434,14 @@ def test_static_outlier_columns_are_listed():
     assert report.sites[0].calibrated.outliers == (7, 50) and report.sites[0].calibrated.place is None
 
 
+@pytest.mark.parametrize(("step", "bits"), [("outliers(columns=16)", 8 + 32 / 64 + 32 * 16 / 64), ("outliers(dynamic=4)", 8 + 32 / 64 + 32), ("outliers(dynamic=4, weights='codes')", 8 + 32 / 64)])
+def test_columns_beside_the_codes_count(step, bits):
+    """32-bit columns that a static split keeps, the whole weight where each call chooses its own, and nothing where they are read off the codes."""
+    _, report, _ = calibrated(nn.Linear(64, 32), [torch.randn(40, 64)], recipe="W8A8", passes=[step])
+    assert report.sites[0].bits == bits and report.sites[0].bytes_after == bits * 64 * 32 / 8
+    assert report.totals.bytes_after == report.sites[0].bytes_after
+
+
 def test_calls_with_more_outliers_than_columns_are_counted():
     x = torch.randn(8, 64) * 0.1
     x[0, [3, 9, 20]] = 50.0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import qcompile
-from qcompile.core.errors import Skip
-from qcompile.passes.apart import apart
 
 
 class Mlp(nn.Module):
@@ -120,14 +120,42 @@ def test_weights_that_the_forward_writes(how: str) -> None:
     assert [row.reason.startswith("the forward writes this weight") for row in report.kept] == ([] if how == "after" else [True])
 
 
-def test_reads_of_a_view_made_before() -> None:
-    """One memory under two names."""
-    graph = fx.Graph()
-    weight, x = graph.placeholder("weight"), graph.placeholder("x")
-    weight.meta["param"] = object()
-    seen = graph.call_method("t", (weight,))
-    graph.call_method("clamp_", (weight, -1, 1))
-    product = graph.call_function(torch.matmul, (x, seen))
-    other = graph.call_function(torch.matmul, (x, x))
-    found = apart(graph)
-    assert isinstance(found[product], Skip) and "clamp_" in str(found[product]) and other not in found
+ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda w: w.view(-1), "t": lambda w: w.t(), "contiguous": lambda w: w.contiguous(), "to": lambda w: w.to(torch.float32), "unbind": lambda w: w.unbind()[0], "diagonal": lambda w: w.diagonal(),
+    "expand_as": lambda w: w.expand_as(w), "as_strided": lambda w: w.as_strided((4,), (1,)), "unflatten": lambda w: w.unflatten(0, (2, -1)), "swapaxes": lambda w: w.swapaxes(0, 1), "chunk": lambda w: w.chunk(2)[1],
+}  # fmt: skip
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "foreach": lambda w: torch._foreach_mul_([w], 0.5), "relu": lambda w: F.relu(w, inplace=True), "hardtanh": lambda w: F.hardtanh(w, -0.01, 0.01, inplace=True), "imul": lambda w: w.__imul__(0.5),
+    "ipow": lambda w: w.__ipow__(2), "operator": lambda w: operator.isub(w, 1.0), "index": lambda w: w.__setitem__(0, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alias", [*ALIASES, *WRITES])
+def test_names_of_one_memory_and_ways_to_write_it(alias: str) -> None:
+    """The product reads what was made of the weight before, or the weight itself."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32, bias=False).requires_grad_(False)
+    twin = nn.Linear(32, 32, bias=False).requires_grad_(False)
+    twin.load_state_dict(layer.state_dict())
+
+    def fn(layer: nn.Linear, x: Tensor) -> Tensor:
+        turned = layer.weight.t()
+        WRITES[alias](layer.weight.data) if alias in WRITES else ALIASES[alias](layer.weight.data).mul_(0.5)
+        return x @ turned
+
+    x = torch.randn(5, 32)
+    compiled = fast(fn)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(layer, x), fn(twin, x))
+
+
+def test_other_memory_is_not_written() -> None:
+    """A copy of the weight, and the sum that a product becomes."""
+    layer, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(5, 32)
+
+    def fn(x: Tensor) -> Tensor:
+        return layer.weight.clone().mul_(2)[:5] + layer(x).add_(1)
+
+    report = qcompile.explain(fast(fn), x)
+    assert len(report.sites) == 1 and not [row for row in report.kept if "writes" in row.reason]

@@ -249,6 +249,21 @@ def test_vectors_and_complex_weights_are_left_alone():
     torch.testing.assert_close(fast(X), (F.linear(X, vector), X.cfloat() @ spectrum, X.cfloat() @ spectrum))
 
 
+def test_a_plain_tensor_is_listed():
+    """An attribute that is no parameter; what is given to the call stays an activation."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.fc = torch.randn(64, 64), nn.Linear(64, 32).requires_grad_(False)
+
+        def forward(self, x, other):
+            return self.fc(x @ self.w + x @ other)
+
+    (row,) = qcompile.explain(torch.compile(Plain(), backend="qcompile", options={"lower": "eager"}), X, torch.randn(64, 64)).kept
+    assert row.name == "w" and row.reason.startswith("a plain tensor, no parameter")
+
+
 class Cells(nn.Module):
     """Weights in torch's own layers, beside what has none."""
 
