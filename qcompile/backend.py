@@ -155,8 +155,8 @@ class CompiledGraph:
         return compiled
 
     def _engine(self, gm: fx.GraphModule) -> Callable[..., Any]:
-        """What runs the graph without a compiler."""
-        return _Eager(gm)
+        """What runs the graph without a compiler, every quantized op by its reference."""
+        return gm
 
     def _key(self) -> bytes:
         """What of us the generated code depends on."""
@@ -267,7 +267,8 @@ class CompiledGraph:
     def _fetch(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         by_arg = dict(zip(self._weights, parameters))
         for site in self.sites.values():
-            if (now := by_arg[site.param.index].device) != (then := self._devices[site.param.index]):
+            now, then = by_arg[site.param.index].device, self._devices[site.param.index]
+            if now != then:
                 raise WeightError(f"{site.param.path} is on {now}, and this graph was compiled for {then}: move it back, or the whole model to one device, and call torch.compiler.reset()")
         last = {arg: i for i, slot in enumerate(self.slots) for arg in slot.args}
         out: list[Tensor] = []
@@ -305,18 +306,8 @@ class CompiledGraph:
         return found
 
 
-class _Eager:
-    """Runs a graph op by op: every quantized op by its reference."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
-
-    def __call__(self, *args: Any) -> Any:
-        return self._gm(*args)
-
-
 def _training(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Gradients are taken of what the graph returns: grad mode is on, or the graph turns it on, and some input requires them."""
+    """Gradients may be taken: grad mode is on, or the graph turns it on, and some input requires them."""
     return (torch.is_grad_enabled() or compat.enables_grad(gm.graph)) and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
 
 

@@ -21,6 +21,7 @@ from qcompile.compat_ir import (  # noqa: F401  (one door for all that is privat
     capability,
     combine_parts,
     device_of,
+    enables_grad,
     fallback_kernel,
     flush_lowerings,
     launches_early,
@@ -31,6 +32,7 @@ from qcompile.compat_ir import (  # noqa: F401  (one door for all that is privat
     scaled_mm,
     sizes,
     static_int,
+    storage_key,
     sum_first,
     transposed,
     whole_rows,
@@ -256,19 +258,6 @@ def reset_code(code: Any) -> None:
     torch._C._dynamo.eval_frame.reset_code(code)
     for later in torch._dynamo.resume_execution.ContinueExecutionCache.cache.get(code, {}).values():
         reset_code(later)
-
-
-def storage_key(value: torch.Tensor) -> int | None:
-    """What tensors that share memory have in common, fake ones too; None where they have none that can be seen (inside transforms, sparse ones)."""
-    try:
-        return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def enables_grad(graph: fx.Graph) -> bool:
-    """Whether Dynamo's graph turns grad mode on for some of its nodes."""
-    return any(node.args and node.args[0] is True for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
 
 
 def original(fast: Any) -> Any:

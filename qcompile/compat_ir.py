@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 # --- reading sizes off tensors and off Inductor's IR -----------------------------------------------------------------
 
@@ -19,6 +20,19 @@ def device_of(x: Any) -> torch.device:
     """Device of a tensor or of an IR node."""
     device: torch.device = x.device if isinstance(x, torch.Tensor) else x.get_device()
     return device
+
+
+def storage_key(value: torch.Tensor) -> int | None:
+    """What tensors that share memory have in common, fake ones too; None where they have none that can be seen (inside transforms, sparse ones)."""
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def enables_grad(graph: fx.Graph) -> bool:
+    """Whether Dynamo's graph turns grad mode on for some of its nodes."""
+    return any(node.args and node.args[0] is True for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
 
 
 def static_int(size: Any) -> int | None:

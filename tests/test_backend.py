@@ -122,8 +122,12 @@ def test_collecting_ends(x):
 
 
 def test_training_is_told_by_grad_mode_and_inputs():
+    """And by the graph, where it turns grad mode on."""
     w = nn.Parameter(torch.ones(2, 2))
-    assert _training([w]) and not _training([w.detach(), 3]) and not torch.no_grad()(_training)([w])
+    plain, turns = (torch.fx.GraphModule(nn.Module(), torch.fx.Graph()) for _ in range(2))
+    turns.graph.call_function(torch._C._set_grad_enabled, (True,))
+    assert _training(plain, [w]) and not _training(plain, [w.detach(), 3]) and not torch.no_grad()(_training)(plain, [w])
+    assert torch.no_grad()(_training)(turns, [w]) and not torch.no_grad()(_training)(turns, [w.detach()])
 
 
 def test_sources_cover_every_floor():
