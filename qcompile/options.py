@@ -101,6 +101,8 @@ class Options:
         given = {key: value for key, value in given.items() if value is not None}
         if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError(f"mode is given twice: {mode!r} and options['mode'] = {given['mode']!r}")
+        if isinstance(path := given.get("calibration"), (str, os.PathLike)) and not os.path.exists(path):  # also where the recipe needs none of it
+            raise OptionError(f"option 'calibration' ({HELP['calibration']}): there is no calibration file {os.fspath(path)}; Calibration.save writes one")
         weight, x, head, ignore = given.get("weight"), given.get("input"), given.get("head"), given.get("ignore", ())
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         if wrong := [pattern for pattern in ignore if not isinstance(pattern, str)]:

@@ -162,3 +162,10 @@ def test_ignore_that_names_no_linear_is_said(pattern):
     with said() as texts, torch.no_grad():
         torch.compile(Model(), backend="qcompile", options=W8 | {"ignore": [pattern]})(torch.zeros(2, 3, dtype=torch.long))
     assert len(texts) == 1 and f"matched no linear: {pattern!r}" in texts[0]
+
+
+def test_a_calibration_that_is_not_there(tmp_path):
+    """Under every recipe, those that need none of it, too."""
+    for recipe in ("W8A8", "W4A16_GPTQ"):
+        with pytest.raises(OptionError, match=r"there is no calibration file .*x\.safetensors"):
+            Options.parse({"recipe": recipe, "calibration": str(tmp_path / "x.safetensors")})
