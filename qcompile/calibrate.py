@@ -165,6 +165,12 @@ class Session:
         self._batch.append((unit, call))
         return call
 
+    def undo(self, unit: Unit, call: Call | None) -> None:
+        """Take back a call that failed."""
+        unit.calls[:] = [c for c in unit.calls if c is not call]
+        self._batch = [(u, c) for u, c in self._batch if c is not call]
+        self.units = [u for u in self.units if u.calls]
+
     def _next(self) -> None:
         """Another batch begins."""
         self._read, self._batch, self._dropped = set(), [], False
@@ -242,8 +248,12 @@ class Recorder:
             self._units[key] = self._unit(args), session(args) or self._session
         unit, sitting = self._units[key]
         call = sitting.record(unit, [concrete(a) for a in args])
-        with torch.no_grad():
-            outputs = self._gm(*args)
+        try:
+            with torch.no_grad():
+                outputs = self._gm(*args)
+        except Exception:  # of the model's own, as eager raises it: a replay would, too
+            sitting.undo(unit, call)
+            raise
         if call is not None:
             sitting.returned(call, outputs)
         return outputs
