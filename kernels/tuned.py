@@ -80,8 +80,9 @@ def spread(tile: dict[str, int], c: Case, halves: int = 1) -> dict[str, int]:
 
     Such programs are placed where there is room beside those of the kernel before, as many as fit: on multiprocessors that have ended early, two or three of a tile that leaves two thirds of shared
     memory free, while others get none. A product of 64 rows then takes 27 us instead of 20. Each stage holds a tile of activations, and one of codes, which wait in registers for their last step
-    where they are decoded. (Triton stages less of the codes of tiles of 32 columns, which then are spread less.) Tiles of 16 rows have small stages, and many of them cost more than they spread (an H200, 4096 -> 14336: W4A16 16.5 -> 21.4 us, W4A8 16.9 -> 18.8), but for W8A16's
-    (23.4 -> 19.4).
+    where they are decoded. (Triton stages less of the codes of tiles of 32 columns, which then are spread less.)
+
+    Tiles of 16 rows have small stages, and many of them cost more than they spread (an H200, 4096 -> 14336: W4A16 16.5 -> 21.4 us, W4A8 16.9 -> 18.8), but for W8A16's (23.4 -> 19.4).
     """
     few = tile["BLOCK_M"] < 16 or (tile["BLOCK_M"] == 16 and (c.input is not None or c.weight.fmt.bits != 8))
     if c.m is None or few or tile["PARTS"] > 1:

@@ -23,7 +23,7 @@ from qcompile.kernels.attention import MOST
 from qcompile.kernels.op import target
 
 from .constant import constant, is_causal
-from .infra import erase_unread, graph_pass
+from .infra import erase_unread, graph_pass, written_by
 from .sites import example
 
 SDPA = F.scaled_dot_product_attention
@@ -155,8 +155,7 @@ def _written(start: fx.Node, stop: fx.Node) -> bool:
     """Whether anything is written in place between two nodes: a repetition is a copy, which would not see it."""
     node = start.next
     while node is not stop:
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
+        if written_by(node):
             return True
         node = node.next
     return False

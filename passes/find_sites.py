@@ -61,7 +61,7 @@ def find_sites(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
 
 def _find(node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
     """(rows, parameter, view) of a linear or of a product with experts."""
-    if node.op != "call_function" or "apart" in node.meta:
+    if node.op != "call_function" or "left_alone" in node.meta:
         return None
     if node.target is LINEAR:
         parameter, view = source_of(node.args[1])

@@ -20,6 +20,9 @@ from qcompile import compat
 from qcompile.core.errors import PassError, QcompileError, unknown
 
 log = logging.getLogger("qcompile.passes")
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+INPLACE = {"setitem", "__setitem__", *(f"i{name}" for name in OPERATORS), *(f"__i{name}__" for name in OPERATORS)}
+NO_WRITES = {"requires_grad_", "share_memory_", "retain_grad"}
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,20 @@ def target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default")
     return str(getattr(target, "__name__", target)) if not isinstance(target, str) else target
+
+
+def called(node: fx.Node) -> str:
+    """The name of what a node calls as it is written, underscores and all, without its overload."""
+    target = getattr(node.target, "overloadpacket", node.target)
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """What a call writes to in place: by its name (``add_``, ``__iadd__``, ``setitem``), ``inplace=True``, or ``out=``; of ``_foreach`` calls, which take lists, all of them."""
+    name = called(node)
+    inplace = (name.endswith("_") and not name.endswith("__") and name not in NO_WRITES) or name in INPLACE or node.kwargs.get("inplace") is True
+    values: list[Any] = [*([node.args[0] if node.args else next(iter(node.kwargs.values()), None)] if inplace else []), node.kwargs.get("out")]
+    return [n for value in values for n in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(n, fx.Node)]
 
 
 def _type(node: fx.Node) -> str:

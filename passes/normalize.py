@@ -21,7 +21,7 @@ from qcompile.core.errors import Skip
 from . import attention, einsum, experts
 from .apart import apart
 from .checkpoints import write_out
-from .infra import graph_pass, target_name
+from .infra import called, graph_pass, target_name
 from .sites import CASTS, LeftAlone, example, is_transpose, rows
 
 ATEN = torch.ops.aten
@@ -50,7 +50,8 @@ HARMLESS = {
 ENCODER = ": this fast path of nn.TransformerEncoderLayer is one operation; torch.backends.mha.set_fastpath_enabled(False) makes it a graph of linears"
 WHY = {"_transformer_encoder_layer_fwd": ENCODER, "_native_multi_head_attention": ENCODER.replace("TransformerEncoderLayer", "MultiheadAttention")}
 
-PLAIN = ("a buffer, no parameter", "a plain tensor, no parameter: nn.Parameter(tensor, requires_grad=False) is one")
+PLAIN = {"buffer": "a buffer, no parameter", "tensor": "a plain tensor, no parameter: nn.Parameter(tensor, requires_grad=False) is one"}
+"""Why what is no parameter is left alone, by its kind."""
 
 
 @graph_pass()
@@ -65,8 +66,8 @@ def normalize(gm: fx.GraphModule, context: Any = None) -> fx.GraphModule:
         rule = next(rule for match, rule in RULES if match(node))
         refusal = alone[node] if node in alone and node.target in PRODUCTS else rule(gm.graph, node)
         if isinstance(refusal, Skip):
-            node.meta["apart"] = True
-            skipped += [_left_alone(node, p, PLAIN[p.meta["buffer"].kind == "tensor"] if "buffer" in p.meta else str(refusal)) for p in _parameters(node)]
+            node.meta["left_alone"] = True
+            skipped += [_left_alone(node, p, PLAIN[p.meta["buffer"].kind] if "buffer" in p.meta else str(refusal)) for p in _parameters(node)]
     gm.meta["skipped"] = skipped
     return gm
 
@@ -234,8 +235,7 @@ def _other(graph: fx.Graph, node: fx.Node) -> Skip | None:
 
 def _name(node: fx.Node) -> str:
     """What a node calls, without the marks of in-place and reflected methods: ``__radd__`` and ``add_`` are ``add``."""
-    target = getattr(node.target, "overloadpacket", node.target)
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    name = called(node)
     plain = name.strip("_")
     return next((n for n in (plain, plain.removeprefix("r"), plain.removeprefix("i")) if n in HARMLESS), name)
 

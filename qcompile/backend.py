@@ -51,13 +51,14 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
     options = options or dict(DEFAULTS)  # as they are now, also where a graph is built later
     opts = Options.parse(options, mode)
-    if any(map(compat.is_fake, example_inputs)) and not (_training(gm, example_inputs) and opts.train is None and session() is None):
+    training = _training(gm, example_inputs)
+    if any(map(compat.is_fake, example_inputs)) and not (training and opts.train is None and session() is None):
         return Later(example_inputs, lambda inputs: backend(gm, inputs, options=options, mode=mode))
     codes.remember(example_inputs)
     if (sitting := session(example_inputs)) is not None:
         return Recorder(gm, example_inputs, opts, sitting)
     kind: type[CompiledGraph] = CompiledGraph
-    if _training(gm, example_inputs):
+    if training:
         if opts.train is not None:
             from qcompile.train.graph import TrainingGraph
             from qcompile.train.lora import FrozenGraph

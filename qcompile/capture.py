@@ -36,7 +36,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], root: str = "", names: Ma
             continue
         source = compat.source_name(node) if isinstance(value, Tensor) else ""
         if "_buffers[" in source or source.startswith("L['self']"):  # or a plain tensor that is an attribute
-            node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."), "" if "_buffers[" in source else "tensor")
+            node.meta["buffer"] = Param(index, f"{root}.{dotted(source)}".strip("."), "buffer" if "_buffers[" in source else "tensor")
         if isinstance(value, Tensor) and _is_written(node):
             node.meta["mutated"] = True
             compat.mark_static(node)

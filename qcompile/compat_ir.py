@@ -1,4 +1,4 @@
-"""The part of ``compat`` that speaks to Inductor's IR: sizes, lowerings, templates. Reached through ``qcompile.compat``, like everything that is private in torch."""
+"""The part of ``compat`` that reads tensors and graphs, and speaks to Inductor's IR: sizes, lowerings, templates. Reached through ``qcompile.compat``, like everything that is private in torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# --- reading sizes off tensors and off Inductor's IR -----------------------------------------------------------------
+# --- reading tensors, Dynamo's graphs and Inductor's IR ---------------------------------------------------------------
 
 
 def sizes(x: Any) -> Sequence[Any]:

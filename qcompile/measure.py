@@ -16,7 +16,7 @@ from qcompile.core.recipe import Choice
 from qcompile.core.solution import Solution
 from qcompile.histories import troubles
 from qcompile.missed import LOOP, functions, limit, module_of, unread, why_nothing
-from qcompile.passes.outliers import dynamic, reads_weights
+from qcompile.passes.outliers import reads_weights
 from qcompile.report import Calibrated, GraphRow, KeptRow, Report, SiteRow, StepRow, Totals, regime
 from qcompile.sqnr import energy, output_db, ratio, sqnr
 from qcompile.trained import STATE
@@ -279,18 +279,14 @@ class _Measured:
         solution = record.solutions.get(solution_key(site, choice)) if record is not None else None
         return solution.to(p.device) if solution is not None else None
 
-    def _tensors(self, site: Site) -> list[Tensor]:
+    def _tensors(self, site: Site, what: str = "weight") -> list[Tensor]:
         from qcompile.passes.slots import slot_of
 
-        choice = self._choice(site)
-        return self._tensors_of(slot_of("weight", site, choice), self.args[site.param.index])
+        return self._tensors_of(slot_of(what, site, self._choice(site)), self.args[site.param.index])
 
     def columns(self, site: Site) -> list[Tensor]:
         """The weight's columns beside the codes, in its own dtype, of a static split."""
-        from qcompile.passes.slots import slot_of
-
-        choice = self._choice(site)
-        return self._tensors_of(slot_of("columns", site, choice), self.args[site.param.index]) if choice.outliers and dynamic(choice) is None else []
+        return self._tensors(site, "columns") if self._choice(site).outliers else []
 
     def _count(self, name: str, x: Tensor, which: Tensor | None) -> None:
         self.rows[name] = x.numel() // self.graph.sites[name].k

@@ -127,6 +127,7 @@ ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
 WRITES: dict[str, Callable[[Tensor], object]] = {
     "foreach": lambda w: torch._foreach_mul_([w], 0.5), "relu": lambda w: F.relu(w, inplace=True), "hardtanh": lambda w: F.hardtanh(w, -0.01, 0.01, inplace=True), "imul": lambda w: w.__imul__(0.5),
     "ipow": lambda w: w.__ipow__(2), "operator": lambda w: operator.isub(w, 1.0), "index": lambda w: w.__setitem__(0, 0.0),
+    "overload": lambda w: torch.ops.aten.mul_.Tensor(w, torch.tensor(0.5)),
 }  # fmt: skip
 
 
