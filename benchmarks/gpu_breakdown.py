@@ -5,11 +5,13 @@ attention  scores, softmax and values
 cache      writing keys and values, and copying or repeating them
 rest       norms, rotary embedding, activations, quantization, residuals
 gaps       the step's time, of replays without a profiler, less the sum of all kernels
+
+A kernel's time is what it adds to the step: from the end of all that came before it, or from its own start if that is later, to its own end. Kernels that begin while the one before ends
+(programmatic dependent launch) spend their first microseconds waiting for it, which counts for neither twice.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -41,9 +43,14 @@ def group(name: str) -> str:
 
 
 def kernels_of(trace: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What ran on the GPU, in order: name, ``start`` and ``us``, of a Chrome trace."""
-    events = [e for e in trace["traceEvents"] if e.get("cat") in KINDS and "dur" in e]
-    return [{"name": e["name"], "start": float(e["ts"]), "us": float(e["dur"])} for e in sorted(events, key=lambda e: float(e["ts"]))]
+    """What ran on the GPU, in order: name, ``us`` that it adds, ``gap`` before it, and ``long`` from its start to its end, of a Chrome trace."""
+    events = sorted((e for e in trace["traceEvents"] if e.get("cat") in KINDS and "dur" in e), key=lambda e: float(e["ts"]))
+    found, done = [], float(events[0]["ts"]) if events else 0.0
+    for e in events:
+        start, long = float(e["ts"]), float(e["dur"])
+        found.append({"name": e["name"], "us": max(start + long - max(start, done), 0.0), "gap": max(start - done, 0.0), "long": long})
+        done = max(done, start + long)
+    return found
 
 
 def profiled(replay: Any, rewind: Any, replays: int = REPLAYS) -> list[dict[str, Any]]:
@@ -80,16 +87,19 @@ def summary(kernels: Sequence[Mapping[str, Any]], step_us: float, layers: int) -
     products = [i for i, k in enumerate(kernels) if group(k["name"]) == "linear"]
     head = products[-1] if products else -1
     by_name: dict[tuple[str, str], list[float]] = defaultdict(list)
+    long: dict[tuple[str, str], list[float]] = defaultdict(list)
     for i, k in enumerate(kernels):
-        by_name["head" if i == head else group(k["name"]), k["name"]].append(k["us"])
+        key = "head" if i == head else group(k["name"]), k["name"]
+        by_name[key].append(k["us"])
+        long[key].append(k["long"])
     names = [
-        {"group": kind, "name": name[:160], "count": len(us), "us": round(sum(us), 2), "us_each": round(statistics.median(us), 2)}
-        for (kind, name), us in sorted(by_name.items(), key=lambda item: -sum(item[1]))
+        {"group": key[0], "name": key[1][:160], "count": len(us), "us": round(sum(us), 2), "us_each": round(statistics.median(us), 2), "start_to_end_us": round(statistics.median(long[key]), 2)}
+        for key, us in sorted(by_name.items(), key=lambda item: -sum(item[1]))
     ]
     totals = {kind: round(sum(sum(us) for (found, _), us in by_name.items() if found == kind), 2) for kind in ("head", *GROUPS)}
     busy = sum(k["us"] for k in kernels)
     counts = {kind: sum(len(us) for (found, _), us in by_name.items() if found == kind) for kind in ("head", *GROUPS)}
-    between = [b["start"] - a["start"] - a["us"] for a, b in itertools.pairwise(kernels)]
+    between = [k["gap"] for k in kernels[1:]]
     return {
         "step_us": round(step_us, 2), "busy_us": round(busy, 2), "gaps_us": round(step_us - busy, 2), "gap_us_each": round(statistics.median(between), 2) if between else None, "launches": len(kernels),
         "groups_us": totals, "groups_count": counts, "per_layer_us": {kind: round(totals[kind] / layers, 2) for kind in GROUPS}, "kernels": names,

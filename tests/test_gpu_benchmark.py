@@ -66,6 +66,15 @@ def test_summary_of_a_trace():
     assert "gaps 20.0" in gpu_breakdown.table(row)
 
 
+def test_kernels_that_begin_early_count_what_they_add():
+    """Three kernels: the second begins while the first ends and waits for it, the third lies inside the second, the fourth comes after a gap. What they add and the gap make up the whole."""
+    events = [{"cat": "kernel", "name": name, "ts": start, "dur": long} for name, start, long in (("a", 100, 10), ("b", 104, 16), ("c", 106, 4), ("d", 123, 5))]
+    kernels = gpu_breakdown.kernels_of({"traceEvents": events})
+    assert [(k["name"], k["us"], k["gap"], k["long"]) for k in kernels] == [("a", 10, 0, 10), ("b", 10, 0, 16), ("c", 0, 0, 4), ("d", 5, 3, 5)]
+    row = gpu_breakdown.summary(kernels, 28.0, 1)
+    assert (row["busy_us"], row["gaps_us"]) == (25, 3) and {k["name"]: k["start_to_end_us"] for k in row["kernels"]} == {"a": 10, "b": 16, "c": 4, "d": 5}
+
+
 # --- literal tables ------------------------------------------------------------------------------------------------------
 
 MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11", "copy_tb_s": 2.4, "read_tb_s": 3.0, "bf16_tflop_s": 700.0}
