@@ -1,7 +1,9 @@
-"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only W4A16] [--log LOG [--resume]]`, and writes `kernels/tuned.json`.
+"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only W4A16] [--rows 1 16] [--size 4096x14336] [--early] [--log LOG [--resume]]`, and writes
+`kernels/tuned.json`.
 
 Each candidate is the product's own template, rendered as an ordinary kernel (`standalone.py`), compiled by a pool of processes first, checked against float32 on the same codes, then timed:
-six weights in rotation so that L2 does not help, launches in a CUDA graph, median of replays. Where parts of K are split, adding them up is timed with it.
+six weights in rotation so that L2 does not help, launches in a CUDA graph, median of replays. Where parts of K are split, adding them up is timed with it. `--early`: each launch begins while the
+one before ends (programmatic dependent launch), as with mode="reduce-overhead".
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from standalone import load, render
 
+from qcompile.compat_ir import LET, WAIT
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import linear, linear_glu, scaled_linear, stream, tiles
@@ -99,14 +102,15 @@ def _whole(recipe: str, m: int, n: int, gated: bool) -> Iterator[tuple[int, int,
         yield from ((rows, width, 1, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
 
 
-def jobs(only: str | None) -> list[Job]:
+def jobs(only: str | None, rows: Sequence[int] = (1, 16, 64, 256, 4096), sizes: Sequence[str] = ()) -> list[Job]:
+    """All that is to be timed; ``sizes`` ("4096x14336", N and K) keep only theirs."""
     found = []
-    for m in (1, 16, 64, 256, 4096):
+    for m in rows:
         for recipe in RECIPES if only is None else (only,):
             shapes = SHAPES if recipe in EVERYWHERE and m <= 256 else SHAPES[:1]
             found += [Job(recipe, m, n, k, tile) for n, k in shapes if n < 50000 or m <= 16 for tile in candidates(recipe, m, n, k)]
             found += [Job(recipe, m, n, k, tile, True) for n, k in GATED if recipe in (*EVERYWHERE, "FP8") for tile in candidates(recipe, m, n, k, True)]
-    return found
+    return [job for job in found if not sizes or f"{job.n}x{job.k}" in sizes]
 
 
 def case(job: Job) -> Case:
@@ -141,9 +145,16 @@ def constants(job: Job) -> dict[str, int]:
     return {"GROUP_M": GROUP_M, **{name: value for name, value in tile_of(job).items() if name != "PARTS"}}
 
 
-def compile_ahead(job: Job) -> tuple[Job, str]:
+def compile_ahead(job: Job, early: bool = False) -> tuple[Job, str]:
     """In a process of the pool. Returns what went wrong, if anything."""
-    return job, warm(*source(job), constants(job))
+    text, types = source(job)
+    return job, warm(waiting(text) if early else text, types, constants(job))
+
+
+def waiting(text: str) -> str:
+    """A kernel's text that waits for the kernel before, as a template does that is launched early."""
+    head, body = text.split("):\n", 1)
+    return f"{head}):\n    {WAIT}\n    {LET}\n{body}"
 
 
 def warm(text: str, types: Mapping[str, str], given: Mapping[str, int]) -> str:
@@ -162,7 +173,8 @@ def warm(text: str, types: Mapping[str, str], given: Mapping[str, int]) -> str:
 class Problem:
     """Weights in rotation, one input, and the truth."""
 
-    def __init__(self, recipe: str, m: int, n: int, k: int, gated: bool) -> None:
+    def __init__(self, recipe: str, m: int, n: int, k: int, gated: bool, early: bool = False) -> None:
+        self.early = early
         weight, given = RECIPES[recipe]
         torch.manual_seed(0)
         w = torch.randn(n, k, device="cuda") / 64
@@ -184,10 +196,10 @@ class Problem:
     def microseconds(self, job: Job) -> float:
         """Median of one product; NaN where it is wrong."""
         split = job.tile[2]
-        kernel = load(source(job)[0])
+        kernel = load(waiting(source(job)[0]) if self.early else source(job)[0])
         shape = (split, self.m, self.n) if split > 1 else (self.m, self.n)
         outs = [torch.full(shape, float("nan"), device="cuda", dtype=torch.float32 if split > 1 else torch.bfloat16) for _ in range(ROTATE)]
-        given = constants(job)
+        given = {**constants(job), **({"launch_pdl": True} if self.early else {})}
         programs = -(-self.m // given["BLOCK_M"]) * -(-self.n // given["BLOCK_N"]) * split
 
         def once(i: int) -> torch.Tensor:
@@ -226,12 +238,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop timing after so long")
     parser.add_argument("--only", choices=list(RECIPES))
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 16, 64, 256, 4096), help="rows of activations")
+    parser.add_argument("--size", nargs="+", default=(), help="sizes NxK; all where none is given")
+    parser.add_argument("--early", action="store_true", help="launch each product while the one before ends")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--log", type=Path, help="every timing, one JSON list a line")
     parser.add_argument("--resume", action="store_true", help="times that the log holds count, and are not taken again")
     given = parser.parse_args()
     begun = time.perf_counter()
-    todo = jobs(given.only)
+    todo = jobs(given.only, given.rows, given.size)
     problems: dict[Key, Problem] = {}
     best: dict[Key, tuple[float, Tile]] = {}
     if given.resume:
@@ -242,7 +257,7 @@ def main() -> None:
     log = given.log.open("a") if given.log else None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(2, (os.cpu_count() or 4) - 1), mp_context=context) as pool:
-        for future in as_completed([pool.submit(compile_ahead, job) for job in todo]):
+        for future in as_completed([pool.submit(compile_ahead, job, given.early) for job in todo]):
             job, problem = future.result()
             us = float("nan")
             if time.perf_counter() - begun > given.seconds:
@@ -251,7 +266,7 @@ def main() -> None:
             if not problem:
                 key = key_of(job)
                 if key not in problems:
-                    problems[key] = Problem(*key)
+                    problems[key] = Problem(*key, given.early)
                 try:
                     us = problems[key].microseconds(job)
                 except Exception as error:
