@@ -27,6 +27,11 @@ MOST = 63
 """Queries times heads that share keys: what one tile holds, beside the row of logarithms."""
 PROGRAMS, PARTS = 264, 16
 """Programs that fill a large GPU, and the most that share the keys of one pair."""
+FEWEST = 32
+"""Keys that are worth a program of their own: with few pairs a step of decoding waits for one program, whose every tile of keys waits for the one before. (An H200, 8 pairs, 192 keys: 4.9 us in two
+programs each, 2.7 in eight; 576 keys: 5.0 in eight, 3.4 in sixteen.)"""
+SMALL = 1 << 20
+"""Elements of keys that are read faster than the mask is looked through for those that are seen."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,18 @@ def supports(c: Attention) -> Skip | None:
 
 def blocks(c: Attention, keys: int | None) -> dict[str, int]:
     """Keys of a tile, programs of a pair."""
-    pairs = c.pairs or 64
-    most = PARTS if keys is None else max(1, min(PARTS, keys // 64))
-    split = 1
-    while split * 2 <= most and pairs * split * 2 <= PROGRAMS:
+    pairs, split = c.pairs or 64, 1
+    while split < PARTS and pairs * split * 2 <= PROGRAMS and (keys is None or split * FEWEST < keys):
         split *= 2
+    span = PARTS * 64 if keys is None else -(-keys // split)
     rows = max(16, 1 << (c.rows or 1).bit_length())  # with the row of logarithms
-    few = pairs * split <= PROGRAMS // 2 and rows == 16
-    return {"BLOCK": 32 if few else 64, "ROWS": rows, "COLUMNS": 1 << (c.columns - 1).bit_length(), "SPLIT": split, "num_warps": 2 if few else 4, "num_stages": 3 if c.columns <= 128 else 2}
+    block = 32 if span <= 32 and rows == 16 else 64
+    return {"BLOCK": block, "ROWS": rows, "COLUMNS": 1 << (c.columns - 1).bit_length(), "SPLIT": split, "num_warps": 4, "num_stages": 3 if c.columns <= 128 and span > 2 * block else 2}
+
+
+def looks(c: Attention, keys: int | None, by_head: bool) -> bool:
+    """Whether programs look through the mask for the first and the last key that is seen, and read no others: not where there are few keys, or where the mask differs between heads."""
+    return c.mask != "" and not by_head and (keys is None or c.pairs is None or c.pairs * keys * c.columns > SMALL)
 
 
 def grid(split: Any, b: Any, g: Any, rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
@@ -96,14 +105,14 @@ def grid(split: Any, b: Any, g: Any, rows: Any, columns: Any, meta: dict[str, An
     return (split * b * g, 1, 1)
 
 
-def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool) -> str:
-    """The template. ``by_head``: the mask differs between heads, so that it is not looked through first. Scores are in powers of two, which SCALE takes account of."""
+def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool, looks: bool) -> str:
+    """The template. ``by_head``: the mask differs between heads. ``looks``: it is looked through first. Scores are in powers of two, which SCALE takes account of."""
     assert c.rows is not None
     share, queries, d = heads // groups, c.queries, c.columns
     whole = 1 << (d - 1).bit_length() == d
     inside = "" if whole else " & (column < D)[None, :]"
     row_mask = "" if whole else ", mask=(column < D)[None, :], other=0.0"
-    look = [] if c.mask == "" or by_head else [
+    look = [] if not looks else [
         "    wide = tl.arange(0, 1024)",
         "    low = wide * 0 + S",
         "    high = wide * 0",
@@ -185,9 +194,10 @@ def _lower(c: Attention, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any
     groups, keys = compat.sizes(k)[1:3]
     config = blocks(c, compat.static_int(keys))
     split, by_head = config["SPLIT"] > 1, mask is not None and compat.static_int(compat.sizes(mask)[1]) != 1
+    look = looks(c, compat.static_int(keys), by_head)
     inputs = [q, k, v] if mask is None else [q, k, v, compat.lowered(ATEN.expand.default, mask, [b, compat.sizes(mask)[1], queries, keys])]
-    name = tiles.template_name("attention", heads, groups, c.queries, d, c.mask, "heads" if by_head else "", "split" if split else "", tiles.triton_dtype(c.dtype))
-    text = lambda: source(c, int(heads), int(groups), split, by_head)  # noqa: E731
+    name = tiles.template_name("attention", heads, groups, c.queries, d, c.mask, "heads" if by_head else "", "looks" if look else "", "split" if split else "", tiles.triton_dtype(c.dtype))
+    text = lambda: source(c, int(heads), int(groups), split, by_head, look)  # noqa: E731
     parts = compat.lower_template(name, text, inputs, (config["SPLIT"], b, groups, c.rows + split, d), [{**config, "SCALE": scale * math.log2(math.e)}], grid, strided=True)
     y = compat.combine_parts(parts, c.rows, c.dtype) if split else compat.lowered(torch.ops.prims.convert_element_type.default, parts, c.dtype)
     return compat.lowered(ATEN.reshape.default, y, [b, heads, queries, d])

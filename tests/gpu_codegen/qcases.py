@@ -193,6 +193,26 @@ class Filled(nn.Module):
         return y + x, torch.arange(512, device=x.device) * 3
 
 
+class Counting(nn.Module):
+    """Layers that count their calls, as a static cache's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(256, 256)
+        for name in ("first", "second", "third"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: T) -> T:
+        for count in (self.first, self.second, self.third):
+            x = self.fc(x) + count
+            count.add_(1)
+        return x
+
+
+def counting() -> Parts:
+    return quantized(Counting().eval().to(torch.bfloat16), (bf16(4, 256),), {"W4A16": {"recipe": "W4A16"}})
+
+
 def early_rows() -> Parts:
     """Products of 64 rows that are launched early, of a size that was tuned."""
     layer = nn.Linear(4096, 14336, bias=False, dtype=torch.bfloat16)

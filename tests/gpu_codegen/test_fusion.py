@@ -191,6 +191,15 @@ def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int)
 
 
 @pytest.mark.slow
+def test_counters_step_in_one_kernel(qcase: QCase) -> None:
+    """Three products, each with its count in the epilogue, and one kernel that writes the counts where they are."""
+    part = qcase("counting")["W4A16"]
+    assert [name.split("_fused")[0] for name in part["calls"]] == ["triton_tem"] * 3 + ["triton_for"]
+    (kernel,) = [row for row in part["kernels"] if row["name"].startswith("triton_for")]
+    assert kernel["source"].count("tl.store(") == 3
+    compiled(part, kernel["name"])
+
+
 def test_broadcast_values_are_copied_for_attention(qcase: QCase) -> None:
     """The template takes columns to lie side by side."""
     part = qcase("decoding", compile="triton_tem")["broadcast"]

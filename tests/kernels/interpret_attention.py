@@ -32,7 +32,7 @@ def mask_of(kind: str, b: int, h: int, q: int, s: int) -> torch.Tensor | None:
     return seen.expand(b, 1, q, s).clone()
 
 
-def check(b: int, h: int, g: int, q: int, s: int, d: int, kind: str, split: int) -> float:
+def check(b: int, h: int, g: int, q: int, s: int, d: int, kind: str, split: int, looks: bool) -> float:
     tensors = {"Q": torch.randn(b, h, q, d).half(), "K": torch.randn(b, g, s, d).half(), "V": torch.randn(b, g, s, d).half()}
     mask = mask_of(kind, b, h, q, s)
     if mask is not None:
@@ -43,7 +43,7 @@ def check(b: int, h: int, g: int, q: int, s: int, d: int, kind: str, split: int)
     config = {"BLOCK": 16, "ROWS": max(16, 1 << rows.bit_length()), "COLUMNS": 1 << (d - 1).bit_length(), "SPLIT": split, "SCALE": 0.3 * math.log2(math.e)}
     shape = (split, b, g, rows + (split > 1), d)
     out = torch.full(shape, math.nan)
-    template = attention.source(case, h, g, split > 1, kind == "heads")
+    template = attention.source(case, h, g, split > 1, kind == "heads", looks)
     run = load(render(template, {name: tuple(t.shape) for name, t in tensors.items()}, list(config), "tl.float32", shape[1:]))
     run[(split * b * g,)](*tensors.values(), out, **config)
     y = out[0]
@@ -58,4 +58,4 @@ def check(b: int, h: int, g: int, q: int, s: int, d: int, kind: str, split: int)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps([[*case, check(*case)] for case in CASES]))
+    print(json.dumps([[*case, looks, check(*case, looks)] for case in CASES for looks in ((False,) if case[6] in ("", "heads") else (True, False))]))

@@ -21,9 +21,18 @@ def case(**changes: object) -> Attention:
 @pytest.mark.slow
 def test_the_template_in_the_interpreter() -> None:
     rows = interpreted(Path(__file__).with_name("interpret_attention.py"))
-    assert len(rows) == 10
+    assert len(rows) == 18
     for *about, error in rows:
         assert error < 1e-3, (about, error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "by_head", "looks"),
+    [({}, 192, False, False), ({}, 2112, False, True), ({"pairs": 512}, 192, False, True), ({}, None, False, True), ({"pairs": None}, 192, False, True), ({}, 2112, True, False), ({"mask": ""}, 2112, False, False)],
+)
+def test_few_keys_are_all_read(changes: dict[str, object], keys: int | None, by_head: bool, looks: bool) -> None:
+    """The mask is looked through for the keys that are seen where reading all of them would take longer."""
+    assert attention.looks(case(**{"pairs": 8, "columns": 128, "mask": "bool", **changes}), keys, by_head) is looks
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
@@ -57,5 +66,6 @@ def test_tiles_are_possible(rows: int, pairs: int | None, keys: int | None) -> N
     config = attention.blocks(case(rows=rows, pairs=pairs), keys)
     assert config["ROWS"] >= max(16, rows + 1) and config["ROWS"] & (config["ROWS"] - 1) == 0, "a tile holds the rows and their logarithms"
     assert 1 <= config["SPLIT"] <= attention.PARTS
-    assert config["SPLIT"] == 1 or (keys is None or config["SPLIT"] * 64 <= keys)
+    assert config["SPLIT"] == 1 or (keys is None or config["SPLIT"] // 2 * attention.FEWEST < keys), "half as many programs have keys enough for each"
+    assert config["BLOCK"] * (1 if keys is None else config["SPLIT"]) >= min(keys or 0, 64 * config["SPLIT"]), "few keys are one tile"
     assert config["SPLIT"] == 1 or (pairs or 64) * config["SPLIT"] <= attention.PROGRAMS
