@@ -2,7 +2,8 @@
 
 ``y = softmax(q k^T * scale + mask) v`` with q (B, H, Q, D), k and v (B, G, S, D), H a multiple of G: head h reads keys h // (H / G), which nobody repeats. The kernel goes over the keys once with a
 running maximum (Milakov and Gimelshein 2018; Dao et al. 2022). Programs share the keys of one (batch, key head) pair, as in Flash-Decoding (Dao et al. 2023), where there are too few pairs to fill the
-GPU; each writes its average and the logarithm of its weight, and what reads them combines them in order. Only keys between the first and the last one that a query may see are read: the empty end of a
+GPU; each writes its average and the logarithm of its weight, and a second kernel combines them in order, a program for each query and head: a reduction that reads what they give, such as
+the quantization of a row, would combine a whole row in one program. Only keys between the first and the last one that a query may see are read: the empty end of a
 static cache costs nothing.
 """
 
@@ -188,6 +189,43 @@ def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool, lo
     ])  # fmt: skip
 
 
+COMBINE = """
+{{def_kernel("PARTS")}}
+    ROWS = {{size("PARTS", 3)}} - 1
+    G = {{size("PARTS", 2)}}
+    D = {{size("PARTS", 4)}}
+    row = tl.program_id(0) % ROWS
+    pair = tl.program_id(0) // ROWS
+    b = pair // G
+    g = pair % G
+    part = tl.arange(0, SPLIT)
+    column = tl.arange(0, COLUMNS)
+    at = PARTS + part.to(tl.int64) * {{stride("PARTS", 0)}} + b.to(tl.int64) * {{stride("PARTS", 1)}} + g * {{stride("PARTS", 2)}}
+    logs = tl.load(at + ROWS * {{stride("PARTS", 3)}} + row)
+    values = tl.load(at[:, None] + row * {{stride("PARTS", 3)}} + column[None, :], mask=(column < D)[None, :], other=0.0)
+    top = tl.max(logs, 0)
+    weights = tl.exp(logs - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weights, 0)
+    acc = (tl.sum(values * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total))[None, :]
+    idx_r = row + tl.zeros((1, 1), dtype=tl.int32)
+    idx_d = column[None, :]
+    mask = idx_d < D
+    {{store_output(("b", "g", "idx_r", "idx_d"), "acc", "mask", val_shape=("1", "COLUMNS"))}}
+"""
+"""(SPLIT, B, G, rows + 1, D) parts, whose last row holds in its first columns the natural logarithm of each row's weight, as (B, G, rows, D). Rows that saw no key are zero."""
+
+
+def each(b: Any, g: Any, rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """One program for each row of each pair."""
+    return (b * g * rows, 1, 1)
+
+
+def _combined(parts: Any, c: Attention, config: dict[str, int]) -> Any:
+    _, b, groups, _, d = compat.sizes(parts)
+    tile = {"SPLIT": config["SPLIT"], "COLUMNS": config["COLUMNS"], "num_warps": 4, "num_stages": 1}
+    return compat.lower_template(tiles.template_name("attention_parts", tiles.triton_dtype(c.dtype)), lambda: COMBINE, [parts], (b, groups, c.rows, d), [tile], each, dtype=c.dtype)
+
+
 def _lower(c: Attention, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     assert c.rows is not None
     b, heads, queries, d = compat.sizes(q)
@@ -199,7 +237,7 @@ def _lower(c: Attention, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any
     name = tiles.template_name("attention", heads, groups, c.queries, d, c.mask, "heads" if by_head else "", "looks" if look else "", "split" if split else "", tiles.triton_dtype(c.dtype))
     text = lambda: source(c, int(heads), int(groups), split, by_head, look)  # noqa: E731
     parts = compat.lower_template(name, text, inputs, (config["SPLIT"], b, groups, c.rows + split, d), [{**config, "SCALE": scale * math.log2(math.e)}], grid, strided=True)
-    y = compat.combine_parts(parts, c.rows, c.dtype) if split else compat.lowered(torch.ops.prims.convert_element_type.default, parts, c.dtype)
+    y = _combined(parts, c, config) if split else compat.lowered(torch.ops.prims.convert_element_type.default, parts, c.dtype)
     return compat.lowered(ATEN.reshape.default, y, [b, heads, queries, d])
 
 

@@ -19,7 +19,6 @@ from qcompile.compat_dist import all_reduce, gathered, shard_of, shard_state, wo
 from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
     at_most,
     capability,
-    combine_parts,
     device_of,
     enables_grad,
     fallback_kernel,

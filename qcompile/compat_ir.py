@@ -185,34 +185,6 @@ def sum_first(x: Any) -> Any:
     return lowered(torch.ops.aten.sum.dim_IntList, x, [0])
 
 
-def combine_parts(parts: Any, rows: int, dtype: torch.dtype) -> Any:
-    """``(SPLIT, ..., rows + 1, D)`` parts of an average, whose last row holds in its first columns the natural logarithm of each row's weight, as the average ``(..., rows, D)`` in ``dtype``:
-    one pointwise node, which fuses with what follows. Rows without any weight are zero."""
-    from torch._inductor import ir
-    from torch._inductor.virtualized import ops
-
-    load = parts.make_loader()
-    split, *lead, _, columns = parts.get_size()
-    infinity = float("inf")
-
-    def value(index: Sequence[Any]) -> Any:
-        *at, row, column = index
-        logs = [load((s, *at, rows, row)) for s in range(int(split))]
-        top = logs[0]
-        for log in logs[1:]:
-            top = ops.maximum(top, log)
-        top = ops.where(ops.eq(top, ops.constant(-infinity, torch.float32)), ops.constant(0.0, torch.float32), top)
-        total = sum_ = None
-        for s, log in enumerate(logs):
-            share = ops.exp(ops.sub(log, top))
-            part = ops.mul(share, load((s, *at, row, column)))
-            total, sum_ = (share, part) if total is None else (ops.add(total, share), ops.add(sum_, part))
-        total = ops.where(ops.eq(total, ops.constant(0.0, torch.float32)), ops.constant(1.0, torch.float32), total)
-        return ops.to_dtype(ops.truediv(sum_, total), dtype)
-
-    return ir.Pointwise.create(device=parts.get_device(), dtype=dtype, inner_fn=value, ranges=[*lead, rows, columns])
-
-
 def transposed(x: Any) -> Any:
     """A matrix of one-byte codes, an IR node, with its axes swapped in memory: a kernel of its own. Inductor fuses such a copy into whatever reads the same codes, and in a reduction, which goes along
     rows, every byte is a store of its own."""

@@ -176,18 +176,19 @@ def test_a_llama_layer_under_every_recipe(qcase: QCase, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parts"), [("W4A16 1", 16), ("W8A8 1", 16), ("W8A8_STATIC 1", 16), ("W4A16 128", 1), ("W8A8 128", 1), ("W8A8_STATIC 128", 1)])
 def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int) -> None:
-    """Attention reads the cache as it is; its parts are combined, and quantized, by the kernel that stores o's input. Batch 128 has programs enough without parts, and no kernel that combines."""
+    """Attention reads the cache as it is; its parts are combined by the kernel that stores o's input, codes where its range is static. Batch 128 has programs enough without parts, and no kernel that combines."""
     part = qcase("decoding", compile="triton_tem")[name]
     (attention,) = [row for row in templates(part) if "arg_K" in row["source"]]
     compiled(part, attention["name"])
     assert f"SPLIT : tl.constexpr = {parts}\n" in attention["source"]
     assert not [n for n in part["calls"] if "sdpa" in n or "scaled_dot" in n or "clone" in n]
     behind = part["calls"][part["calls"].index(attention["name"]) + 1 :]
+    if parts > 1:
+        combining = kernel(part, behind.pop(0))
+        assert "arg_PARTS" in combining["source"] and stored(combining) == (["i8"] if "STATIC" in name else ["bf16"]), "one kernel combines"
+        compiled(part, combining["name"])
     product = next(i for i, n in enumerate(behind) if n.startswith("triton_tem"))
-    if not name.startswith("W8A8 "):
-        assert [n.split("_")[1] for n in behind[:product]] == (["poi"] if parts > 1 else []), "the parts are combined by one kernel; one part is o's input already, quantized where its range is static"
-    elif parts > 1:
-        assert [n.split("_")[1] for n in behind[:product]] == ["per"], "combined and quantized at once"
+    assert [n.split("_")[1] for n in behind[:product]] == (["per"] if name.startswith("W8A8 ") else []), "rows are quantized by a kernel of their own"
 
 
 @pytest.mark.slow

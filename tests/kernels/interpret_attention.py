@@ -1,4 +1,4 @@
-"""Runs the attention template in Triton's interpreter, in a process of its own: prints the error of each case, its parts combined in torch. Outputs are poisoned, sizes fill no tile."""
+"""Runs the attention template in Triton's interpreter, in a process of its own: prints the error of each case, its parts combined by their template. Outputs are poisoned, sizes fill no tile."""
 
 import json
 import os
@@ -48,9 +48,9 @@ def check(b: int, h: int, g: int, q: int, s: int, d: int, kind: str, split: int,
     run[(split * b * g,)](*tensors.values(), out, **config)
     y = out[0]
     if split > 1:
-        logs = out[..., rows, :rows]
-        weights = torch.nan_to_num(torch.softmax(logs, 0))  # nothing seen by any part
-        y = (out[..., :rows, :] * weights[..., None]).sum(0)
+        y = torch.full((b, g, rows, d), math.nan)
+        combine = load(render(attention.COMBINE, {"PARTS": shape}, ["SPLIT", "COLUMNS"], "tl.float32", y.shape))
+        combine[(b * g * rows,)](out, y, SPLIT=split, COLUMNS=config["COLUMNS"])
     exact = torch.nan_to_num(attention.reference(*(tensors[n].double() for n in "QKV"), mask if mask is None or mask.dtype == torch.bool else mask.double(), 0.3))
     y = y.reshape(b, h, q, d).double()
     return float((y - exact).norm() / max(float(exact.norm()), 1e-9)) if bool(exact.any()) else float(y.abs().max())
