@@ -144,8 +144,8 @@ def test_what_bounds_the_goals_that_were_missed():
     few = [row["ratio"] for m, row in split.items() if m <= 256]
     experts = {row["recipe"]: row for row in measured(H200, "moe", what="product", m=4096)}
     [run] = measured(H200, "model", model="8B", recipe="W4A16", head="int4.g128", batch=1, context=128)
-    steps = [row for of in (H200, H100) for row in measured(of, "breakdown", recipe="W4A16", batch=1, context=128, layers=4)]
-    [launches] = {((row["launches"] - row["groups_count"]["head"]) / row["layers"], row["launches"]) for row in steps}
+    [step] = measured(H200, "breakdown", recipe="W4A16", batch=1, context=128, layers=4)
+    many = {row["recipe"]: row["per_layer_us"]["linear"] for row in measured(H200, "breakdown", batch=64, context=2048, layers=4)}
     said = {
         "(W4A16 # us, goal #; W4A8 #, goal #): not bandwidth": [text for recipe in ("W4A16", "W4A8") for key in ("us", "goal_us") for text in linear(recipe, 1, key=key)],
         "W8A16 reads twice the bytes in # us more": [f"{single['W8A16'] - single['W4A16']:.1f}"],
@@ -164,7 +164,9 @@ def test_what_bounds_the_goals_that_were_missed():
         "**Experts at 4,096 tokens** (W4A16 #, W8A16 #, W8A8 # of bfloat16's speed)": [f"{experts[recipe]['ratio']:.2f}" for recipe in ("W4A16", "W8A16", "W8A8")],
         "an expert has # rows": [f"{experts['W8A8']['m'] * experts['W8A8']['top'] / experts['W8A8']['experts']:g}"],
         "(8B, W4A16: # tokens/s, goal #)": [f"{run['tokens_s']:.0f}", f"{run['goal']:g}"],
-        "a step is # kernels a layer (# for four layers and the head": [f"{number:g}" for number in launches],
+        "a step of four layers and the head is # kernels.": [str(step["launches"])],
+        "Of a layer's # us its four products add #, attention #, the cache # and the rest #": [f"{us:.1f}" for us in ((step["step_us"] - step["groups_us"]["head"]) / step["layers"], *(step["per_layer_us"][kind] for kind in ("linear", "attention", "cache", "rest")))],
+        "(a layer's linears # times as fast as bfloat16's under W4A16, goal 1.6; W8A8 reaches #)": [f"{many['bf16'] / many[recipe]:.2f}" for recipe in ("W4A16", "W8A8")],
     }
     assert {words: numbers(words) for words in said} == said
 

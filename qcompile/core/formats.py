@@ -136,7 +136,7 @@ def encode(x: Tensor, fmt: Format) -> Tensor:
     x = x.float()
     if fmt.kind == "float" and fmt.native is not None:
         return x.clamp(fmt.lo, fmt.hi).to(fmt.native)
-    x = torch.where(x.isnan(), 0.0, x)
+    x = torch.where(x == x, x, 0.0)  # NaN is 0. Inductor makes vectors of this on a CPU, not of isnan
     if fmt.kind == "int":
         return x.round().clamp(fmt.lo, fmt.hi).to(fmt.dtype)
     if fmt.kind == "table":
