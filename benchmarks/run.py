@@ -235,8 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_argument("--repeats", type=int, default=3, help="pairs of processes for the compile time")
     cli.add_argument("--parts", nargs="*", help="some of what the device has; on the CPU the others' results are kept as they are in the file")
     cli.add_argument("--case", nargs="*", default=(), help="recipes, on a GPU")
-    cli.add_argument("--seconds", type=float, default=480, help="start nothing new after so long, on a GPU")
+    cli.add_argument("--seconds", type=float, help="start nothing new after so long (480), on a GPU")
     given = cli.parse_args(arguments)
+    other = {"cpu": {"--case": given.case, "--seconds": given.seconds is not None}, "gpu": {"--quick": given.quick, "--repeats": given.repeats != 3}}[given.device]
+    if unused := [name for name, value in other.items() if value]:
+        cli.error(f"{', '.join(unused)}: not for {given.device}")
     if given.device == "gpu":
         import gpu
 
@@ -246,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         there = gpu.recipes(parts)
         if unknown := sorted(set(given.case) - set(there)):
             cli.error(f"unknown cases {', '.join(map(repr, unknown))} of {', '.join(parts)}; there are {', '.join(there) or 'none'}, each an argument of its own")
-        return 1 if gpu.measure(parts, given.case, given.json, given.seconds) else 0
+        return 1 if gpu.measure(parts, given.case, given.json, 480 if given.seconds is None else given.seconds) else 0
     given.parts, given.json = tuple(given.parts or PARTS), given.json or RESULTS
     if unknown := set(given.parts) - set(PARTS):
         cli.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor, fx
 
 from qcompile import compat
 
-from .infra import target_name
+from .infra import target_name, written_by
 
 LARGEST = 2**26
 """Elements of the largest value that is computed."""
@@ -58,23 +56,13 @@ def _needed(node: fx.Node) -> list[fx.Node] | None:
             continue
         value = n.meta.get("example_value")
         large = isinstance(value, Tensor) and (not all(compat.static_int(s) is not None for s in value.shape) or value.numel() > LARGEST)
-        if n.op not in ("call_function", "call_method") or large or _unsure(n.target) or any(_writes(user, n) for user in n.users):
+        if n.op not in ("call_function", "call_method") or large or _unsure(n) or any(n in written_by(user) for user in n.users):
             return None
         found.add(n)
         todo += n.all_input_nodes
     return [n for n in node.graph.nodes if n in found]
 
 
-def _in_place(target: str | Callable[..., Any]) -> bool:
-    """By its name: ``add_``, but not ``operator.and_``."""
-    name = target_name(target)
-    return target is operator.setitem or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_"))
-
-
-def _unsure(target: str | Callable[..., Any]) -> bool:
-    return _in_place(target) or any(part in target_name(target) for part in UNSURE) or any(part in str(getattr(target, "__module__", "")) for part in LEVELS)
-
-
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    """Whether ``user`` changes ``node``."""
-    return bool(user.args) and user.args[0] is node and user.op in ("call_function", "call_method") and _in_place(user.target)
+def _unsure(node: fx.Node) -> bool:
+    target = node.target
+    return bool(written_by(node)) or any(part in target_name(target) for part in UNSURE) or any(part in str(getattr(target, "__module__", "")) for part in LEVELS)

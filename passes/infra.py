@@ -22,7 +22,7 @@ from qcompile.core.errors import PassError, QcompileError, unknown
 log = logging.getLogger("qcompile.passes")
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 INPLACE = {"setitem", "__setitem__", *(f"i{name}" for name in OPERATORS), *(f"__i{name}__" for name in OPERATORS)}
-NO_WRITES = {"requires_grad_", "share_memory_", "retain_grad"}
+NO_WRITES = {"requires_grad_", "share_memory_", "retain_grad", "and_", "or_", "not_", "is_"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ def called(node: fx.Node) -> str:
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
-    """What a call writes to in place: by its name (``add_``, ``__iadd__``, ``setitem``), ``inplace=True``, or ``out=``; of ``_foreach`` calls, which take lists, all of them."""
+    """What a call writes to in place: by its name (``add_``, ``__iadd__``, ``setitem``, but not ``operator.and_``), ``inplace=True``, or ``out=``; of ``_foreach`` calls, which take lists, all of them."""
+    if node.op not in ("call_function", "call_method"):
+        return []
     name = called(node)
     inplace = (name.endswith("_") and not name.endswith("__") and name not in NO_WRITES) or name in INPLACE or node.kwargs.get("inplace") is True
     values: list[Any] = [*([node.args[0] if node.args else next(iter(node.kwargs.values()), None)] if inplace else []), node.kwargs.get("out")]

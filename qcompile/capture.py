@@ -10,10 +10,9 @@ from torch import Tensor, fx, nn
 
 from qcompile import compat, stored
 from qcompile.owners import owners
+from qcompile.passes.infra import called, written_by
 from qcompile.passes.sites import Param
 
-MUTATING = {"copy_", "add_", "sub_", "mul_", "div_", "index_copy_", "index_add_", "index_fill_", "index_put_", "scatter_", "scatter_add_", "zero_", "fill_", "masked_fill_", "clamp_"}
-MUTATING |= {"__setitem__", "setitem", "iadd", "isub", "imul"}
 CREATING = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full"}
 VIEWS = {"view", "reshape", "narrow", "select", "slice", "getitem", "__getitem__", "transpose", "t", "unsqueeze", "squeeze", "flatten", "expand", "permute", "detach"}
 
@@ -60,12 +59,10 @@ def _creates_state(graph: fx.Graph) -> bool:
     """
     for node in graph.find_nodes(op="output")[0].all_input_nodes:
         while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            if name not in MUTATING | VIEWS:
+            if called(node) not in VIEWS and node.args[0] not in written_by(node):
                 break
             node = node.args[0]
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in CREATING and _is_written(node):
+        if called(node) in CREATING and _is_written(node):
             return True
     return False
 
@@ -73,9 +70,8 @@ def _creates_state(graph: fx.Graph) -> bool:
 def _is_written(node: fx.Node, depth: int = 0) -> bool:
     """Some node writes to this tensor in place, directly or through a view."""
     for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name in MUTATING and user.args and user.args[0] is node:
+        if node in written_by(user):
             return True
-        if name in VIEWS and depth < 4 and user.args and user.args[0] is node and _is_written(user, depth + 1):
+        if called(user) in VIEWS and depth < 4 and user.args and user.args[0] is node and _is_written(user, depth + 1):
             return True
     return False

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import compat
-from qcompile.capture import MUTATING, VIEWS
+from qcompile.capture import VIEWS
 from qcompile.core.errors import WeightError
 from qcompile.core.recipe import Choice
 from qcompile.passes import experts
+from qcompile.passes.infra import called, written_by
 from qcompile.passes.observe import input_of
 from qcompile.passes.sites import Site
 from qcompile.stored import values
@@ -184,7 +185,7 @@ class Unit:
         """A copy of ``env`` whose tensors may be written to by the nodes between: the storages that they write to are cloned, views of them along."""
         written: set[int] = set()
         for node in self.nodes[start:stop]:
-            root = node.args[0] if _writes(node) and node.args else None
+            root = node.args[0] if _writes(node) else None
             while isinstance(root, fx.Node) and root not in env and _is_view(root):
                 root = root.args[0]
             if isinstance(root, fx.Node) and isinstance(env.get(root), Tensor):
@@ -213,18 +214,13 @@ ALIASES = {"chunk", "split", "unbind", "tensor_split", "unflatten", "view_as", "
 """Further ops whose result may be a view of their input."""
 
 
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def _writes(node: fx.Node) -> bool:
-    """The node writes to its first argument: in-place methods end with an underscore."""
-    name = _name(node)
-    return node.op in ("call_function", "call_method") and (name in MUTATING or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True)
+    """The node writes to its first argument."""
+    return bool(node.args) and node.args[0] in written_by(node)
 
 
 def _is_view(node: fx.Node) -> bool:
-    return (_name(node) in VIEWS | ALIASES or _writes(node)) and bool(node.args)
+    return bool(node.args) and (called(node) in VIEWS | ALIASES or _writes(node))
 
 
 def _nbytes(value: Any) -> int:

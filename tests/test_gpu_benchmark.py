@@ -223,6 +223,18 @@ def test_unknown_cases_are_refused(arguments, said, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["cpu", "--case", "W8A8"], "--case: not for cpu"), (["cpu", "--case", "W8A8", "--seconds", "5"], "--case, --seconds: not for cpu"), (["gpu", "--quick", "--repeats", "1"], "--quick, --repeats: not for gpu")],
+)
+def test_options_of_the_other_device_are_refused(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "wanted"), [([], (gpu.PARTS, ())), (["--parts", "moe", "linear", "--case", "NF4", "FP8"], (["moe", "linear"], ["NF4", "FP8"]))])
 def test_known_parts_and_cases_are_measured(arguments, wanted, monkeypatch):
     measured = []

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from qcompile.core.errors import OptionError, PassError
 from qcompile.passes import PASSES, infra
-from qcompile.passes.infra import Pass, Step, find, graph_pass, run, text
+from qcompile.passes.infra import Pass, Step, find, graph_pass, run, text, written_by
 
 
 class Model(nn.Module):
@@ -167,3 +167,26 @@ return [add_tensor, (to,)]""",
 def test_a_pass_is_a_value():
     assert Pass("a", PASSES["match"].fn, ("b",)).after == ("b",)
     assert all(name == p.name for name, p in PASSES.items())
+
+
+@pytest.mark.parametrize(
+    ("target", "written"),
+    [
+        (operator.setitem, "a"), (operator.iand, "a"), (operator.and_, ""), (operator.is_, ""), (torch.add, ""), ("add_", "a"), ("logical_and_", "a"), ("__iadd__", "a"), ("__add__", ""), ("requires_grad_", ""),
+        (torch.ops.aten.copy_.default, "a"), (torch.relu_, "a"),
+    ],
+)  # fmt: skip
+def test_what_a_call_writes_to(target, written):
+    graph = fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    node = graph.call_method(target, (a, b)) if isinstance(target, str) else graph.call_function(target, (a, b))
+    assert [n.name for n in written_by(node)] == ([written] if written else [])
+
+
+def test_what_a_call_writes_to_by_keyword():
+    graph = fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    assert written_by(graph.call_function(torch.add, (a, b), {"out": b})) == [b]
+    assert written_by(graph.call_function(torch.nn.functional.relu, (a,), {"inplace": True})) == [a]
+    assert written_by(graph.call_function(torch._foreach_add_, ([a, b], 1))) == [a, b]
+    assert written_by(a) == []
