@@ -75,12 +75,17 @@ def breakdown(report: Report) -> list[str]:
     body = []
     for r in sorted(found, key=lambda r: (r["batch"], r["context"])):
         each = [f"{r['per_layer_us'][kind]:.1f}" for kind in GROUPS]
-        linears = times(r["per_layer_us"]["linear"], plain.get((r["batch"], r["context"]))) if r["per_layer_us"]["linear"] and r["gaps_us"] >= 0 else ""
+        linears = times(r["per_layer_us"]["linear"], plain.get((r["batch"], r["context"]))) if r["per_layer_us"]["linear"] and not waiting(r) else ""
         body.append([r["recipe"], r["head"] or "16 bits", r["batch"], r["context"], *each, linears, f"{r['groups_us']['head']:.1f}", f"{r['gaps_us']:.1f}", f"{r['step_us']:.1f}", r["launches"]])
     layers = found[0]["layers"]
     text = f"Where a step goes: microseconds of one of {layers} layers of the 8B shape by kind of kernel, then the head, the gaps between kernels, and the whole step of these {layers} layers (kernels by torch.profiler in a replayed CUDA graph, the step without it; sums of split products count as rest). "
-    text += "A kernel counts what it adds to the step, from the end of all before it to its own" + (". Rows whose gaps are negative are older: their kernels, which begin while the one before ends, count with their waiting:" if any(r["gaps_us"] < 0 for r in found) else ":")
+    text += "A kernel counts what it adds to the step, from the end of all before it to its own" + (". Rows whose gaps are negative are older: their kernels, which begin while the one before ends, count with their waiting:" if any(map(waiting, found)) else ":")
     return [text, "", *table(head, body)]
+
+
+def waiting(row: Mapping[str, Any]) -> bool:
+    """Kernels of an older row that began early, which count from their start to their end."""
+    return row["gaps_us"] < 0 and not any("start_to_end_us" in kernel for kernel in row["kernels"])
 
 
 def moe(report: Report) -> list[str]:

@@ -141,14 +141,19 @@ def tile_of(job: Job) -> dict[str, int]:
     return dict(zip(FIELDS, job.tile))
 
 
-def constants(job: Job) -> dict[str, int]:
+def constants(job: Job) -> dict[str, Any]:
     return {"GROUP_M": GROUP_M, **{name: value for name, value in tile_of(job).items() if name != "PARTS"}}
 
 
 def compile_ahead(job: Job, early: bool = False) -> tuple[Job, str]:
     """In a process of the pool. Returns what went wrong, if anything."""
     text, types = source(job)
-    return job, warm(waiting(text) if early else text, types, constants(job))
+    return job, warm(waiting(text) if early else text, types, launched(job, early))
+
+
+def launched(job: Job, early: bool) -> dict[str, Any]:
+    """The constants of a launch, and how it is launched."""
+    return {**constants(job), **({"launch_pdl": True} if early else {})}
 
 
 def waiting(text: str) -> str:
@@ -157,7 +162,7 @@ def waiting(text: str) -> str:
     return f"{head}):\n    {WAIT}\n    {LET}\n{body}"
 
 
-def warm(text: str, types: Mapping[str, str], given: Mapping[str, int]) -> str:
+def warm(text: str, types: Mapping[str, str], given: Mapping[str, Any]) -> str:
     """Compile a kernel into Triton's cache; what went wrong, if anything."""
     from triton.runtime.jit import MockTensor
 
@@ -199,7 +204,7 @@ class Problem:
         kernel = load(waiting(source(job)[0]) if self.early else source(job)[0])
         shape = (split, self.m, self.n) if split > 1 else (self.m, self.n)
         outs = [torch.full(shape, float("nan"), device="cuda", dtype=torch.float32 if split > 1 else torch.bfloat16) for _ in range(ROTATE)]
-        given = {**constants(job), **({"launch_pdl": True} if self.early else {})}
+        given = launched(job, self.early)
         programs = -(-self.m // given["BLOCK_M"]) * -(-self.n // given["BLOCK_N"]) * split
 
         def once(i: int) -> torch.Tensor:
@@ -243,10 +248,12 @@ def main() -> None:
     parser.add_argument("--early", action="store_true", help="launch each product while the one before ends")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--log", type=Path, help="every timing, one JSON list a line")
-    parser.add_argument("--resume", action="store_true", help="times that the log holds count, and are not taken again")
+    parser.add_argument("--resume", action="store_true", help="times that the log holds count, and are not taken again: the log of a run with the same --early")
     given = parser.parse_args()
     begun = time.perf_counter()
     todo = jobs(given.only, given.rows, given.size)
+    if not todo:
+        parser.error(f"nothing to time: there are sizes {', '.join(sorted({f'{job.n}x{job.k}' for job in jobs(given.only)}))}, NxK")
     problems: dict[Key, Problem] = {}
     best: dict[Key, tuple[float, Tile]] = {}
     if given.resume:
@@ -295,10 +302,12 @@ def key_of(job: Job) -> Key:
 
 
 def write(path: Path, best: dict[Key, tuple[float, Tile]]) -> None:
-    """Rows of the table, before those of `tune_grouped.py`. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
+    """Rows of the table in the place of what it has of their sizes; what was not timed stays. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
     rows = [row(arithmetic(case(Job(*key[:4], tile)), key[4]), key[1:4], tile, us) for key, (us, tile) in sorted(best.items())]
-    others = [old for old in json.loads(path.read_text())["rows"] if old["arithmetic"].endswith(", grouped")] if path.exists() else []
-    save(path, {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, [*rows, *others])
+    new = {(r["arithmetic"], *r["size"]): r for r in rows}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [new.pop((r["arithmetic"], *r["size"]), r) for r in old]
+    save(path, {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, [*kept, *new.values()])
 
 
 def row(name: str, size: Sequence[int], tile: Tile, us: float) -> dict[str, Any]:

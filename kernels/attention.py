@@ -3,8 +3,8 @@
 ``y = softmax(q k^T * scale + mask) v`` with q (B, H, Q, D), k and v (B, G, S, D), H a multiple of G: head h reads keys h // (H / G), which nobody repeats. The kernel goes over the keys once with a
 running maximum (Milakov and Gimelshein 2018; Dao et al. 2022). Programs share the keys of one (batch, key head) pair, as in Flash-Decoding (Dao et al. 2023), where there are too few pairs to fill the
 GPU; each writes its average and the logarithm of its weight, and a second kernel combines them in order, a program for each query and head: a reduction that reads what they give, such as
-the quantization of a row, would combine a whole row in one program. Only keys between the first and the last one that a query may see are read: the empty end of a
-static cache costs nothing.
+the quantization of a row, would combine a whole row in one program. Where there are many keys, only those between the first and the last one that a query may see are read: the empty
+end of a static cache costs nothing.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool, lo
         masked = [f"        score += tl.load(MASK + {address}, mask=live[None, :], other=0.0).to(tl.float32) * {math.log2(math.e)!r}", '        score = tl.where(live[None, :], score, float("-inf"))']
     else:
         masked = ['        score = tl.where(live[None, :], score, float("-inf"))']
-    strides = [] if c.mask == "" else [f'    stride_m{name} = {{{{stride("MASK", {i})}}}}' for i, name in enumerate("bhqs")]
+    axes = {"Q": "bhq", "K": "bgs", "V": "bgs", **({"MASK": "bhqs"} if c.mask else {})}
+    strides = [f'    stride_{name[0].lower()}{axis} = {{{{stride("{name}", {i})}}}}' for name in axes for i, axis in enumerate(axes[name])]  # names: one that depends on a dynamic size is a sum, written bare
     last = [
         "    logs = tl.sum(tl.where(column[None, :] == row[:, None], ((top + tl.log2(total)) * 0.6931471805599453)[:, None], 0.0), 0)",
         f"    acc = tl.where(row[:, None] == {c.rows}, logs[None, :], acc)",
@@ -155,9 +156,9 @@ def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool, lo
         f"    head = g * {share} + r // {queries}",
         f"    query = r % {queries}",
         "    column = tl.arange(0, COLUMNS)",
-        f'    q = tl.load(Q + b * {{{{stride("Q", 0)}}}} + head[:, None] * {{{{stride("Q", 1)}}}} + query[:, None] * {{{{stride("Q", 2)}}}} + column[None, :]{row_mask})',
-        '    keys = K + b * {{stride("K", 0)}} + g * {{stride("K", 1)}}',
-        '    values = V + b * {{stride("V", 0)}} + g * {{stride("V", 1)}}',
+        f"    q = tl.load(Q + b * stride_qb + head[:, None] * stride_qh + query[:, None] * stride_qq + column[None, :]{row_mask})",
+        "    keys = K + b * stride_kb + g * stride_kg",
+        "    values = V + b * stride_vb + g * stride_vg",
         *bounds,
         "    span = (tl.maximum(stop - first, 0) + 16 * SPLIT - 1) // (16 * SPLIT) * 16",
         "    begin = first + part * span",
@@ -168,14 +169,14 @@ def source(c: Attention, heads: int, groups: int, split: bool, by_head: bool, lo
         "    for start in tl.range(begin, end, BLOCK):",
         "        at = start + tl.arange(0, BLOCK)",
         "        live = at < end",
-        f'        k = tl.load(keys + at[:, None].to(tl.int64) * {{{{stride("K", 2)}}}} + column[None, :], mask=live[:, None]{inside}, other=0.0)',
+        f"        k = tl.load(keys + at[:, None].to(tl.int64) * stride_ks + column[None, :], mask=live[:, None]{inside}, other=0.0)",
         "        score = tl.dot(q, tl.trans(k)) * SCALE",
         *masked,
         "        higher = tl.maximum(top, tl.max(score, 1))",
         '        level = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: exp2(-inf) is what it should be',
         "        p = tl.exp2(score - level[:, None])",
         "        kept = tl.exp2(top - level)",
-        f'        v = tl.load(values + at[:, None].to(tl.int64) * {{{{stride("V", 2)}}}} + column[None, :], mask=live[:, None]{inside}, other=0.0)',
+        f"        v = tl.load(values + at[:, None].to(tl.int64) * stride_vs + column[None, :], mask=live[:, None]{inside}, other=0.0)",
         "        total = total * kept + tl.sum(p, 1)",
         "        acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None])",
         "        top = higher",
@@ -194,15 +195,18 @@ COMBINE = """
     ROWS = {{size("PARTS", 3)}} - 1
     G = {{size("PARTS", 2)}}
     D = {{size("PARTS", 4)}}
+    stride_part = {{stride("PARTS", 0)}}
+    stride_b = {{stride("PARTS", 1)}}
+    stride_g = {{stride("PARTS", 2)}}
     row = tl.program_id(0) % ROWS
     pair = tl.program_id(0) // ROWS
     b = pair // G
     g = pair % G
     part = tl.arange(0, SPLIT)
     column = tl.arange(0, COLUMNS)
-    at = PARTS + part.to(tl.int64) * {{stride("PARTS", 0)}} + b.to(tl.int64) * {{stride("PARTS", 1)}} + g * {{stride("PARTS", 2)}}
-    logs = tl.load(at + ROWS * {{stride("PARTS", 3)}} + row)
-    values = tl.load(at[:, None] + row * {{stride("PARTS", 3)}} + column[None, :], mask=(column < D)[None, :], other=0.0)
+    at = PARTS + part.to(tl.int64) * stride_part + b.to(tl.int64) * stride_b + g * stride_g
+    logs = tl.load(at + ROWS * D + row)
+    values = tl.load(at[:, None] + row * D + column[None, :], mask=(column < D)[None, :], other=0.0)
     top = tl.max(logs, 0)
     weights = tl.exp(logs - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weights, 0)

@@ -18,7 +18,10 @@ MOST = 16
 
 
 def counters(graph: fx.Graph) -> None:
-    """Rewrite in place: the sums of one step and device become one ``_foreach_add`` in front of their copies, which Inductor then writes where the inputs are."""
+    """Rewrite in place: the sums of one step and device become one ``_foreach_sub`` in front of their copies, which Inductor then writes where the inputs are.
+
+    Of a negative step, because Inductor writes a ``_foreach_add`` in place by itself, and then what read the old counts without having been stored yet reads the new ones.
+    """
     groups: dict[Any, list[fx.Node]] = defaultdict(list)
     for copy in graph.find_nodes(op="call_function", target=ATEN.copy_.default):
         if (step := _step(copy)) is not None:
@@ -42,7 +45,7 @@ def _step(copy: fx.Node) -> int | None:
 def _join(graph: fx.Graph, step: int, copies: list[fx.Node]) -> None:
     sums: list[Any] = [copy.args[1] for copy in copies]
     with graph.inserting_before(copies[0]):
-        together = graph.call_function(ATEN._foreach_add.Scalar, ([copy.args[0] for copy in copies], step))
+        together = graph.call_function(ATEN._foreach_sub.Scalar, ([copy.args[0] for copy in copies], -step))
         together.meta = {"val": [added.meta["val"] for added in sums]}
         for i, (copy, added) in enumerate(zip(copies, sums, strict=True)):
             one = graph.call_function(operator.getitem, (together, i))

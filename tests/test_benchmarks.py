@@ -108,3 +108,20 @@ def test_the_table_of_tiles_is_the_best_of_what_was_measured():
         us = found[(*row["tile"], 1)[:7]]
         assert us == row["us"] and ("why" in row or us == min(found.values())), row
     assert sum("why" in row for row in table) < 10
+
+
+def test_tuning_some_sizes_keeps_the_rows_of_others(tmp_path, monkeypatch):
+    """What was timed takes the place of its row, or comes last where it has none; a size that nobody tunes is refused before anything is timed."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import tune
+
+    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "a GPU")
+    path = tmp_path / "tuned.json"
+    path.write_text((ROOT / "kernels" / "tuned.json").read_text())
+    before = json.loads(path.read_text())["rows"]
+    tune.write(path, {("W4A16", 1, 4096, 4096, False): (1.5, (1, 16, 1, 1, 2, 4, 2)), ("NF4", 5, 64, 128, False): (2.5, (16, 32, 1, 2, 2, 3, 1))})
+    after = json.loads(path.read_text())["rows"]
+    place = next(i for i, row in enumerate(before) if row["arithmetic"] == "16 @ int4" and row["size"] == [1, 4096, 4096])
+    new = {"arithmetic": "16 @ int4", "size": [1, 4096, 4096], "tile": [1, 16, 1, 1, 2, 4, 2], "us": 1.5}
+    assert after == [*before[:place], new, *before[place + 1 :], {"arithmetic": "16 @ table4", "size": [5, 64, 128], "tile": [16, 32, 1, 2, 2, 3], "us": 2.5}]
+    assert tune.jobs(None, sizes=["4096X14336"]) == [] and {(job.n, job.k) for job in tune.jobs("W4A16", (1,), ["4096x14336"])} == {(4096, 14336)}

@@ -14,8 +14,13 @@ import torch
 from torch._dynamo.utils import counters
 from small import Net
 from qcompile import backend
+
+class Same(torch.nn.Module):
+    def forward(self, x):
+        return torch.relu(x) * 2 + x.sum(-1, keepdim=True)
+
 torch.manual_seed(0)
-model, x = Net(), torch.randn(5, 32)
+model, x = (Same if sys.argv[2] == "same" else Net)(), torch.randn(5, 32)
 real, out = backend.sources, []
 for what in sys.argv[1].split(","):
     torch._dynamo.reset()
@@ -34,9 +39,9 @@ print(json.dumps(out))
 """
 
 
-def run(folder, *what):
-    """One process that compiles these after one another with a private cache."""
-    code = f"import sys; sys.argv = ['', {','.join(what)!r}]\n{CODE}"
+def run(folder, *what, model="net"):
+    """One process that compiles these after one another with a private cache; ``model`` "same" has nothing to quantize, so that its graph is the same for all."""
+    code = f"import sys; sys.argv = ['', {','.join(what)!r}, {model!r}]\n{CODE}"
     return json.loads(python(code, TORCHINDUCTOR_CACHE_DIR=str(folder), TORCHINDUCTOR_FX_GRAPH_CACHE="1", TORCHINDUCTOR_AUTOGRAD_CACHE="1").splitlines()[-1])
 
 
@@ -78,13 +83,29 @@ def test_ours_first_then_plain(tmp_path):
     assert ours["hits"] == plain["hits"] == 0 and in_bounds(ours) and in_bounds(plain)
 
 
-def test_the_table_of_tiles_is_in_the_key(monkeypatch):
-    """Kernels of another table of tiles never come out of Inductor's caches."""
+def test_one_graph_is_compiled_anew_for_each(tmp_path):
+    """A graph without linears is one and the same to Inductor but for the key: plain, two recipes, ours of another version. What came before hits."""
+    rows = run(tmp_path, "plain", "W8A8", "W4A16", "W8A8*", "plain", "W8A8", model="same")
+    assert [row["hits"] >= 1 for row in rows] == [False] * 4 + [True] * 2
+    assert [row["misses"] >= 1 for row in rows] == [True] * 4 + [False] * 2
+    assert all(row["error"] < 1e-6 for row in rows)
+
+
+@pytest.mark.parametrize("changed", ["core/formats.py", "kernels/linear.py", "kernels/tuned.json", "kernels/cpu/integer.cpp", "passes/flatten.py", "compat_ir.py", "train/optim.py"])
+def test_every_source_is_in_the_key(changed, monkeypatch):
+    """Kernels of another version of any file never come out of Inductor's caches."""
     import pathlib
 
     from qcompile import backend
 
     before = backend.sources.__wrapped__()
     read = pathlib.Path.read_bytes
-    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda self: read(self) + b" " * (self.name == "tuned.json"))
-    assert backend.sources.__wrapped__() != before
+    touched = []
+
+    def reading(self):
+        if self.as_posix().endswith(f"/{changed}"):
+            touched.append(self)
+        return read(self) + b" " * (self in touched)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", reading)
+    assert backend.sources.__wrapped__() != before and len(touched) == 1

@@ -71,3 +71,9 @@ def test_qlora():
 def test_the_gpu_tests_passed():
     log = (RESULTS / "h200/tests.txt").read_text()
     assert re.search(r"^\d{3,} passed", log, re.M) and not re.search(r"\d+ (failed|errors?)\b", log)
+
+
+def test_results_name_no_machines_folders():
+    files = [path for path in RESULTS.rglob("*") if path.suffix in (".json", ".jsonl", ".txt")]
+    assert len(files) > 20
+    assert not {str(path.relative_to(RESULTS)): part for path in files for part in ("/work/", "/home/", "/tmp/", "/root/", "/opt/") if part in path.read_text()}

@@ -194,23 +194,65 @@ class Filled(nn.Module):
 
 
 class Counting(nn.Module):
-    """Layers that count their calls, as a static cache's do."""
+    """Layers that count their calls, as a static cache's do; ``read`` names what else reads the counts of before."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: str = "") -> None:
         super().__init__()
-        self.fc = nn.Linear(256, 256)
+        self.fc, self.read = nn.Linear(256, 256), read
         for name in ("first", "second", "third"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("positions", torch.zeros(8, dtype=torch.int64))
 
-    def forward(self, x: T) -> T:
-        for count in (self.first, self.second, self.third):
-            x = self.fc(x) + count
+    def forward(self, x: T) -> Any:
+        counts = (self.first, self.second, self.third)
+        if self.read == "positions":
+            y = self.fc(x) + self.first + self.second + self.third
+            self.positions.copy_(torch.arange(8, device=x.device) + self.first)
+        elif self.read == "outputs":
+            y = self.fc(x), self.first.clone(), self.second * 2
+        else:
+            y = x
+            for count in counts:
+                y = self.fc(y) + count
+        for count in counts:
             count.add_(1)
-        return x
+        return y
 
 
 def counting() -> Parts:
-    return quantized(Counting().eval().to(torch.bfloat16), (bf16(4, 256),), {"W4A16": {"recipe": "W4A16"}})
+    parts: Parts = {}
+    for read in ("", "positions", "outputs"):
+        torch._dynamo.reset()
+        parts |= quantized(Counting(read).eval().to(torch.bfloat16), (bf16(4, 256),), {f"W4A16 {read}".strip(): {"recipe": "W4A16"}})
+    return parts
+
+
+class Growing(nn.Module):
+    """Attention to keys that a call joins to those it was given, along their axis or that of the batch: strides of what it makes depend on a dynamic size."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.fc, self.axis = nn.Linear(512, 512, bias=False), axis
+
+    def forward(self, q: T, k: T, v: T, more_q: T, more_k: T, more_v: T) -> T:
+        k, v = torch.cat([k, more_k], self.axis), torch.cat([v, more_v], self.axis)
+        q = torch.cat([q, more_q]) if self.axis == 0 else q
+        b, g, n, d = k.shape
+        k, v = (t[:, :, None].expand(b, g, 4, n, d).reshape(b, 4 * g, n, d) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.1)
+        return self.fc(y.transpose(1, 2).reshape(b, 1, 512))
+
+
+def growing() -> Parts:
+    parts: Parts = {}
+    for axis, name in ((2, "keys"), (0, "batch")):
+        torch._dynamo.reset()
+        given = [bf16(3, 8, 1, 64), bf16(3, 2, 300, 64), bf16(3, 2, 300, 64)]
+        more = [bf16(1, 8, 1, 64), bf16(1, 2, 300, 64), bf16(1, 2, 300, 64)] if axis == 0 else [bf16(3, 8, 1, 64), bf16(3, 2, 1, 64), bf16(3, 2, 1, 64)]
+        for t in given if axis == 0 else given[1:]:
+            torch._dynamo.mark_dynamic(t, axis)
+        parts |= quantized(Growing(axis).eval().to(torch.bfloat16), (*given, *more), {name: {"recipe": "W8A8"}})
+    return parts
 
 
 def early_rows() -> Parts:

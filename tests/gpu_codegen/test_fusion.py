@@ -193,20 +193,39 @@ def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int)
 
 @pytest.mark.slow
 def test_counters_step_in_one_kernel(qcase: QCase) -> None:
-    """Three products, each with its count in the epilogue, and one kernel that writes the counts where they are."""
-    part = qcase("counting")["W4A16"]
-    assert [name.split("_fused")[0] for name in part["calls"]] == ["triton_tem"] * 3 + ["triton_for"]
-    (kernel,) = [row for row in part["kernels"] if row["name"].startswith("triton_for")]
-    assert kernel["source"].count("tl.store(") == 3
-    compiled(part, kernel["name"])
+    """Three products, each with its count in the epilogue, and one kernel that writes the counts where they are, the last one: whoever else reads the counts of before has run."""
+    parts = qcase("counting")
+    product, plain = ["triton_tem"], ["triton_poi"]
+    before = {"W4A16": 3 * product, "W4A16 positions": product + plain, "W4A16 outputs": product + 2 * plain}
+    for name, part in parts.items():
+        assert [call.split("_fused")[0] for call in part["calls"]] == [*before[name], "triton_for"], name
+        (row,) = [row for row in part["kernels"] if row["name"].startswith("triton_for")]
+        assert row["source"].count("tl.store(") == 3
+        compiled(part, row["name"])
 
 
+@pytest.mark.slow
+def test_attention_to_keys_of_a_dynamic_number(qcase: QCase) -> None:
+    """A stride that depends on a dynamic size is a sum, and has a name before it is multiplied."""
+    named: dict[str, set[str]] = {"keys": {"kb", "kg", "vb", "vg"}, "batch": {"qq", "part"}}
+    for name, part in qcase("growing", compile="triton_tem").items():
+        found = set()
+        for row in templates(part):
+            text = row["source"][row["source"].rindex("@triton.jit") :]
+            found |= set(re.findall(r"^    stride_(\w+) = \d+ \+ \d+\*ks\d+$", text, re.MULTILINE))
+            addresses = [line for line in text.splitlines() if re.search(r"= (K|V|Q|PARTS) \+|tl\.load\((Q|keys|values|at)\b", line)]
+            assert not any("ks0" in line for line in addresses), addresses
+            compiled(part, row["name"])
+        assert found == named[name]
+
+
+@pytest.mark.slow
 def test_broadcast_values_are_copied_for_attention(qcase: QCase) -> None:
     """The template takes columns to lie side by side."""
     part = qcase("decoding", compile="triton_tem")["broadcast"]
     (attention,) = [row for row in templates(part) if "arg_K" in row["source"]]
     (load,) = re.findall(r"v = tl.load\(values \+ (.*?), mask", attention["source"])
-    assert load == "at[:, None].to(tl.int64) * 64 + column[None, :]"
+    assert load == "at[:, None].to(tl.int64) * stride_vs + column[None, :]" and "    stride_vs = 64\n" in attention["source"]
 
 
 @pytest.mark.slow

@@ -49,10 +49,10 @@ graph():
     %count2 : [num_users=2] = placeholder[target=count2]
     %count3 : [num_users=2] = placeholder[target=count3]
     %add_tensor_1 : [num_users=1] = call_function[target=torch.ops.aten.add.Tensor](args = (%count1, 2), kwargs = {})
-    %_foreach_add_scalar : [num_users=3] = call_function[target=torch.ops.aten._foreach_add.Scalar](args = ([%count0, %count2, %count3], 1), kwargs = {})
-    %getitem : [num_users=1] = call_function[target=operator.getitem](args = (%_foreach_add_scalar, 0), kwargs = {})
-    %getitem_1 : [num_users=1] = call_function[target=operator.getitem](args = (%_foreach_add_scalar, 1), kwargs = {})
-    %getitem_2 : [num_users=1] = call_function[target=operator.getitem](args = (%_foreach_add_scalar, 2), kwargs = {})
+    %_foreach_sub_scalar : [num_users=3] = call_function[target=torch.ops.aten._foreach_sub.Scalar](args = ([%count0, %count2, %count3], -1), kwargs = {})
+    %getitem : [num_users=1] = call_function[target=operator.getitem](args = (%_foreach_sub_scalar, 0), kwargs = {})
+    %getitem_1 : [num_users=1] = call_function[target=operator.getitem](args = (%_foreach_sub_scalar, 1), kwargs = {})
+    %getitem_2 : [num_users=1] = call_function[target=operator.getitem](args = (%_foreach_sub_scalar, 2), kwargs = {})
     %copy__default : [num_users=1] = call_function[target=torch.ops.aten.copy_.default](args = (%count0, %getitem), kwargs = {})
     %copy__default_1 : [num_users=0] = call_function[target=torch.ops.aten.copy_.default](args = (%count1, %add_tensor_1), kwargs = {})
     %copy__default_2 : [num_users=0] = call_function[target=torch.ops.aten.copy_.default](args = (%count2, %getitem_1), kwargs = {})
