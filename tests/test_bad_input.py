@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from small import W8, Net, Tied, close, graphs, rounded, said
@@ -242,3 +244,19 @@ def test_integer_inputs(recipe, dtype):
             fast(x)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert close(fast(x.float()), rounded(model)(x.float()), 2e-2 if recipe == "W8A8" else 1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "shows"), [("W8A8", True), ("FP8", True), ("W8A16", True), ("W8A8_STATIC", False)])
+def test_activations_that_are_not_finite(recipe: str, shows: bool) -> None:
+    """They spoil their own rows and no others; integer codes of a static range cannot hold them."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32).eval()
+    fast = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+    x = torch.randn(4, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # W8A8_STATIC says that it calibrates
+        before = fast(x)
+        x[0, 3], x[1, 5] = float("nan"), float("inf")
+        y = fast(x)
+    assert y[:2].isfinite().all(1).tolist() == [not shows] * 2
+    torch.testing.assert_close(y[2:], before[2:])
