@@ -1,6 +1,6 @@
 """The README's numbers and the picture of GPU speed, made from what the benchmarks left: `python benchmarks/readme_tables.py cpu|gpu|coverage|sweep|train [--write]`.
 
-`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json`, `run-xeon.json` and `run-avx2.json` are of `run.py cpu` on three machines, `demo.json` of `make demo` (`out/demo.json`); `results/<card>/gpu.json` are the rows of `run.py gpu`. Nothing is computed here but ratios and shares of the floor.
+`results/cpu/coverage.json` is of `coverage.py`. `results/cpu/run.json`, `run-xeon.json` and `run-avx2.json` are of `run.py cpu` on three machines, `demo.json` and `demo-xeon.json` of `make demo` (`out/demo.json`) on two; `results/<card>/gpu.json` are the rows of `run.py gpu`. Nothing is computed here but ratios and shares of the floor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> 
 
 def cpu() -> str:
     """Markdown of the CPU's numbers: three machines, the last of which has AVX2 alone and was measured last."""
-    *reports, demo = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "run-xeon.json", "run-avx2.json", "demo.json"))
+    *reports, demo, other = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "run-xeon.json", "run-avx2.json", "demo.json", "demo-xeon.json"))
     latest = reports[-1]
     recipes, rows = list(dict.fromkeys(r["recipe"] for r in latest["linear"])), sorted({r["m"] for r in latest["linear"]})
     found = [{(r["recipe"], r["m"]): r["ratio"] for r in one["linear"]} for one in reports]
@@ -50,11 +50,11 @@ def cpu() -> str:
         "",
         f"On the last of them, a call of a {overhead['layers']}-layer model takes {overhead['ratio']:.3f} times plain Inductor's with every linear ignored; checking {overhead['parameters']} weights takes {overhead['check_ms'] * 1e3:.0f} us. "
         f"The shipped model compiles under W8A8 in {times['cold_ratio']:.2f} times the CPU time of fp32 ({cold[0]:.1f} s against {cold[1]:.1f} s of wall time), and starts from warm caches in {warm[0]:.1f} s against {warm[1]:.1f} s. "
-        f"`make demo` ({demo['cpu']}, {demo['threads']} threads, {demo['seconds']:.0f} s); the model's linears are so small (256 x 640) that calls cost more than reading fp32 weights out of a large cache:",
+        f"`make demo` ({demo['cpu']}, {demo['threads']} threads, {demo['seconds']:.0f} s / {other['cpu']}, {other['seconds']:.0f} s, an older commit); the model's linears are small (256 x 640): where fp32 weights come out of a large cache, calls cost more than reading them:",
         "",
         "| | linears | bits/weight | perplexity | tokens/s against compiled fp32 |",
         "| --- | --- | --- | --- | --- |",
-        *(f"| {r['name']} | {r['linears_mb']:.1f} MB | {r['bits']:.2f} | {r['perplexity']:.3f} | {r['times_fp32']:.2f} |" for r in demo["rows"]),
+        *(f"| {r['name']} | {r['linears_mb']:.1f} MB | {r['bits']:.2f} | {r['perplexity']:.3f} | {r['times_fp32']:.2f} / {o['times_fp32']:.2f} |" for r, o in zip(demo["rows"], other["rows"], strict=True)),
     ]
     return "\n".join(lines)
 
