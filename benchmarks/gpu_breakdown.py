@@ -7,7 +7,7 @@ rest       norms, rotary embedding, activations, quantization, residuals
 gaps       the step's time, of replays without a profiler, less the sum of all kernels
 
 A kernel's time is what it adds to the step: from the end of all that came before it, or from its own start if that is later, to its own end. Kernels that begin while the one before ends
-(programmatic dependent launch) spend their first microseconds waiting for it, which counts for neither twice.
+(programmatic dependent launch) spend their first microseconds waiting for it, which is counted once, as the time of the one before.
 """
 
 from __future__ import annotations
@@ -86,19 +86,17 @@ def summary(kernels: Sequence[Mapping[str, Any]], step_us: float, layers: int) -
     """Groups and names with their counts and microseconds. The head is the last product of the step, and is not divided among layers."""
     products = [i for i, k in enumerate(kernels) if group(k["name"]) == "linear"]
     head = products[-1] if products else -1
-    by_name: dict[tuple[str, str], list[float]] = defaultdict(list)
-    long: dict[tuple[str, str], list[float]] = defaultdict(list)
+    by_name: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for i, k in enumerate(kernels):
-        key = "head" if i == head else group(k["name"]), k["name"]
-        by_name[key].append(k["us"])
-        long[key].append(k["long"])
+        by_name["head" if i == head else group(k["name"]), k["name"]].append(k)
+    taken = {key: [k["us"] for k in alike] for key, alike in by_name.items()}
     names = [
-        {"group": key[0], "name": key[1][:160], "count": len(us), "us": round(sum(us), 2), "us_each": round(statistics.median(us), 2), "start_to_end_us": round(statistics.median(long[key]), 2)}
-        for key, us in sorted(by_name.items(), key=lambda item: -sum(item[1]))
+        {"group": kind, "name": name[:160], "count": len(us), "us": round(sum(us), 2), "us_each": round(statistics.median(us), 2), "start_to_end_us": round(statistics.median(k["long"] for k in by_name[kind, name]), 2)}
+        for (kind, name), us in sorted(taken.items(), key=lambda item: -sum(item[1]))
     ]
-    totals = {kind: round(sum(sum(us) for (found, _), us in by_name.items() if found == kind), 2) for kind in ("head", *GROUPS)}
+    totals = {kind: round(sum(sum(us) for (found, _), us in taken.items() if found == kind), 2) for kind in ("head", *GROUPS)}
     busy = sum(k["us"] for k in kernels)
-    counts = {kind: sum(len(us) for (found, _), us in by_name.items() if found == kind) for kind in ("head", *GROUPS)}
+    counts = {kind: sum(len(us) for (found, _), us in taken.items() if found == kind) for kind in ("head", *GROUPS)}
     between = [k["gap"] for k in kernels[1:]]
     return {
         "step_us": round(step_us, 2), "busy_us": round(busy, 2), "gaps_us": round(step_us - busy, 2), "gap_us_each": round(statistics.median(between), 2) if between else None, "launches": len(kernels),

@@ -31,7 +31,7 @@ def floor(case: GpuCase, m: int, n: int, k: int, machine: Mapping[str, Any]) -> 
 
 
 def cpu() -> str:
-    """Markdown of the CPU's numbers: three machines, the last of which has AVX2 alone and was measured last."""
+    """Markdown of the CPU's numbers: three machines, the last of which has AVX2 alone, and whose goals are those of the project."""
     *reports, demo, other = (json.loads((RESULTS / "cpu" / name).read_text()) for name in ("run.json", "run-xeon.json", "run-avx2.json", "demo.json", "demo-xeon.json"))
     latest = reports[-1]
     recipes, rows = list(dict.fromkeys(r["recipe"] for r in latest["linear"])), sorted({r["m"] for r in latest["linear"]})

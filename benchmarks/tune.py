@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from standalone import load, render
 
-from qcompile.compat_ir import LET, WAIT
+from qcompile.compat_ir import waiting
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
 from qcompile.kernels import linear, linear_glu, scaled_linear, stream, tiles
@@ -119,8 +119,8 @@ def case(job: Job) -> Case:
     return Case(torch.device("cuda"), x.fmt.dtype if x else torch.bfloat16, Scheme.parse(weight), x, job.n, job.k, job.m, capability=(9, 0))
 
 
-def source(job: Job) -> tuple[str, dict[str, str]]:
-    """The kernel's text and the Triton dtype of each pointer."""
+def source(job: Job, early: bool = False) -> tuple[str, dict[str, str]]:
+    """The kernel's text and the Triton dtype of each pointer. ``early``: it waits for the kernel before, as templates do that are launched early."""
     c = case(job)
     split = job.tile[2] > 1
     gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if job.gated else None
@@ -133,7 +133,7 @@ def source(job: Job) -> tuple[str, dict[str, str]]:
     if c.input is not None:
         shapes["SX"], types["SX"] = (job.m, 1), "fp32"
     template = loop.kernel(stream.GATED_HEADER if job.gated else stream.HEADER, stream.SPLIT_FOOTER if split else tiles.FOOTER)
-    return render(template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16", (job.m, job.n // 2 if job.gated else job.n)), types | {"OUT": "fp32" if split else "bf16"}
+    return render(waiting(template) if early else template, shapes, CONSTANTS, "tl.float32" if split else "tl.bfloat16", (job.m, job.n // 2 if job.gated else job.n)), types | {"OUT": "fp32" if split else "bf16"}
 
 
 def tile_of(job: Job) -> dict[str, int]:
@@ -147,19 +147,12 @@ def constants(job: Job) -> dict[str, Any]:
 
 def compile_ahead(job: Job, early: bool = False) -> tuple[Job, str]:
     """In a process of the pool. Returns what went wrong, if anything."""
-    text, types = source(job)
-    return job, warm(waiting(text) if early else text, types, launched(job, early))
+    return job, warm(*source(job, early), launched(job, early))
 
 
 def launched(job: Job, early: bool) -> dict[str, Any]:
     """The constants of a launch, and how it is launched."""
     return {**constants(job), **({"launch_pdl": True} if early else {})}
-
-
-def waiting(text: str) -> str:
-    """A kernel's text that waits for the kernel before, as a template does that is launched early."""
-    head, body = text.split("):\n", 1)
-    return f"{head}):\n    {WAIT}\n    {LET}\n{body}"
 
 
 def warm(text: str, types: Mapping[str, str], given: Mapping[str, Any]) -> str:
@@ -201,7 +194,7 @@ class Problem:
     def microseconds(self, job: Job) -> float:
         """Median of one product; NaN where it is wrong."""
         split = job.tile[2]
-        kernel = load(waiting(source(job)[0]) if self.early else source(job)[0])
+        kernel = load(source(job, self.early)[0])
         shape = (split, self.m, self.n) if split > 1 else (self.m, self.n)
         outs = [torch.full(shape, float("nan"), device="cuda", dtype=torch.float32 if split > 1 else torch.bfloat16) for _ in range(ROTATE)]
         given = launched(job, self.early)
@@ -304,10 +297,14 @@ def key_of(job: Job) -> Key:
 def write(path: Path, best: dict[Key, tuple[float, Tile]]) -> None:
     """Rows of the table in the place of what it has of their sizes; what was not timed stays. Products of one arithmetic, such as W4A16's of any zero point, share theirs."""
     rows = [row(arithmetic(case(Job(*key[:4], tile)), key[4]), key[1:4], tile, us) for key, (us, tile) in sorted(best.items())]
-    new = {(r["arithmetic"], *r["size"]): r for r in rows}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [new.pop((r["arithmetic"], *r["size"]), r) for r in old]
-    save(path, {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, [*kept, *new.values()])
+    save(path, {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, merged(old, rows))
+
+
+def merged(old: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A table's rows with ``rows`` in the place of those of their arithmetic and size, the others behind."""
+    new = {(r["arithmetic"], *r["size"]): r for r in rows}
+    return [*(new.pop((r["arithmetic"], *r["size"]), r) for r in old), *new.values()]
 
 
 def row(name: str, size: Sequence[int], tile: Tile, us: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from cases import Moe
 from gpu_moe import COPIES, Grouped, inputs, truth
 from standalone import load, render
-from tune import OUT, PARTS, RECIPES, TYPES, graphed, row, save, tile_of, warm
+from tune import OUT, PARTS, RECIPES, TYPES, graphed, merged, row, save, tile_of, warm
 
 from qcompile.core.qtensor import quantize
 from qcompile.core.scheme import Scheme
@@ -152,12 +152,11 @@ def main() -> None:
 
 
 def write(path: Path, best: dict[tuple[str, int], tuple[float, Tile]]) -> None:
-    """The rows of grouped products, behind the others of the table."""
+    """The rows of grouped products, in the place of what the table has of their sizes."""
     table: dict[str, Any] = json.loads(path.read_text())
     jobs = {key: Job(*key, tile) for key, (_, tile) in sorted(best.items())}
     mine = [row(arithmetic(case(job), grouped=True), (job.mean, N, K), job.tile, best[key][0]) for key, job in jobs.items()]
-    replaced = {(r["arithmetic"], *r["size"]) for r in mine}
-    save(path, table, [*(r for r in table.pop("rows") if (r["arithmetic"], *r["size"]) not in replaced), *mine])
+    save(path, table, merged(table.pop("rows"), mine))
 
 
 if __name__ == "__main__":

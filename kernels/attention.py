@@ -29,8 +29,7 @@ MOST = 63
 PROGRAMS, PARTS = 264, 16
 """Programs that fill a large GPU, and the most that share the keys of one pair."""
 FEWEST = 32
-"""Keys that are worth a program of their own: with few pairs a step of decoding waits for one program, whose every tile of keys waits for the one before. (An H200, 8 pairs, 192 keys: 4.9 us in two
-programs each, 2.7 in eight; 576 keys: 5.0 in eight, 3.4 in sixteen.)"""
+"""Keys that are worth a program of their own: with few pairs a step of decoding waits for one program, whose every tile of keys waits for the one before."""
 SMALL = 1 << 20
 """Elements of keys that are read faster than the mask is looked through for those that are seen."""
 

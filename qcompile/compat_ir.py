@@ -107,7 +107,7 @@ def always_wait() -> None:
     TritonKernel._filter_pdl = filtered  # type: ignore[method-assign]
 
 
-def _early(source: str) -> str:
+def waiting(source: str) -> str:
     """A template that waits before its first statement. Nothing is read earlier: asked for before the kernel ahead has ended, weights only take bandwidth from it (measured, by L2 prefetches)."""
     head, arguments, body = source.partition("}}\n")
     return f"{head}{arguments}    {WAIT}\n    {LET}\n{body}"
@@ -128,7 +128,7 @@ def lower_template(
     early = launches_early(inputs[0].get_device())
     name = f"{name}_early" if early else name
     if name not in _TEMPLATES:
-        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=_early(source()) if early else source())
+        _TEMPLATES[name] = TritonTemplate(name=name, grid=SymbolicGridFn(grid) if grid is not None else mm_grid, source=waiting(source()) if early else source())
     nodes = [ir.ExternKernel.realize_input(node) for node in inputs]
     nodes = [node if strided and static_int(node.get_stride()[-1]) == 1 else ir.ExternKernel.require_contiguous(node) for node in nodes]
     layout = ir.FixedLayout(nodes[0].get_device(), dtype, list(size))  # type: ignore[arg-type]

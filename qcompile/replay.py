@@ -185,11 +185,11 @@ class Unit:
         """A copy of ``env`` whose tensors may be written to by the nodes between: the storages that they write to are cloned, views of them along."""
         written: set[int] = set()
         for node in self.nodes[start:stop]:
-            root = node.args[0] if _writes(node) else None
-            while isinstance(root, fx.Node) and root not in env and _is_view(root):
-                root = root.args[0]
-            if isinstance(root, fx.Node) and isinstance(env.get(root), Tensor):
-                written.add(env[root].untyped_storage().data_ptr())
+            for root in written_by(node):
+                while isinstance(root, fx.Node) and root not in env and _is_view(root):
+                    root = root.args[0]  # type: ignore[assignment]
+                if isinstance(root, fx.Node) and isinstance(env.get(root), Tensor):
+                    written.add(env[root].untyped_storage().data_ptr())
         if not written:
             return dict(env)
         clones: dict[int, Tensor] = {}
@@ -214,13 +214,8 @@ ALIASES = {"chunk", "split", "unbind", "tensor_split", "unflatten", "view_as", "
 """Further ops whose result may be a view of their input."""
 
 
-def _writes(node: fx.Node) -> bool:
-    """The node writes to its first argument."""
-    return bool(node.args) and node.args[0] in written_by(node)
-
-
 def _is_view(node: fx.Node) -> bool:
-    return bool(node.args) and (called(node) in VIEWS | ALIASES or _writes(node))
+    return bool(node.args) and (called(node) in VIEWS | ALIASES or node.args[0] in written_by(node))
 
 
 def _nbytes(value: Any) -> int:

@@ -90,13 +90,15 @@ def test_the_table_of_tiles_is_the_best_of_what_was_measured():
     from qcompile.kernels.tuned import arithmetic
 
     results = ROOT / "benchmarks" / "results"
-    times = {}
-    for job, us in [*tune.logged(results / "h200" / "tune.jsonl").items(), *tune.logged(results / "h100" / "tune_paired.jsonl").items()]:
-        times.setdefault((arithmetic(tune.case(job), job.gated), job.m, job.n, job.k), {})[job.tile] = us
-    early: dict[tuple[object, ...], dict[object, float]] = {}
-    for job, us in tune.logged(results / "h200" / "tune_early.jsonl").items():
-        early.setdefault((arithmetic(tune.case(job), job.gated), job.m, job.n, job.k), {})[job.tile] = us
-    times |= early
+
+    def logged(*names):
+        found = {}
+        for name in names:
+            for job, us in tune.logged(results / name).items():
+                found.setdefault((arithmetic(tune.case(job), job.gated), job.m, job.n, job.k), {})[job.tile] = us
+        return found
+
+    times = logged("h200/tune.jsonl", "h100/tune_paired.jsonl") | logged("h200/tune_early.jsonl")
     for line in (results / "h200" / "tune_grouped.txt").read_text().splitlines():
         if row := re.fullmatch(r"(\w+) (\d+) \(([\d, ]+)\) ([\d.]+) ", line):
             job = tune_grouped.Job(row[1], int(row[2]), tuple(int(v) for v in row[3].split(",")))
