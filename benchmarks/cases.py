@@ -150,6 +150,8 @@ BREAKDOWNS = (
     Breakdown("bf16", None, 1, 128),
     Breakdown("W4A16", "int4.g128", 1, 128),
     Breakdown("W8A8", "int8.row", 1, 128),
+    Breakdown("FP8", "e4m3.row", 1, 128),
+    Breakdown("W4A8", "int4.g128", 1, 128),
     Breakdown("bf16", None, 64, 2048),
     Breakdown("W4A16", "int4.g128", 64, 2048),
     Breakdown("W8A8", "int8.row", 64, 2048),

@@ -1,4 +1,4 @@
-"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only W4A16] [--rows 1 16] [--size 4096x14336] [--early] [--log LOG [--resume]]`, and writes
+"""Finds the tile of every streamed product on the GPU at hand: `python benchmarks/tune.py [--seconds 200] [--only W4A16 FP8] [--rows 1 16] [--size 4096x14336] [--block-m 1] [--early] [--log LOG [--resume]]`, and writes
 `kernels/tuned.json`.
 
 Each candidate is the product's own template, rendered as an ordinary kernel (`standalone.py`), compiled by a pool of processes first, checked against float32 on the same codes, then timed:
@@ -33,13 +33,13 @@ from qcompile.kernels.tuned import FIELDS, GROUP_M, Tile, arithmetic
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the pool's processes: with a thread for each core in each of them nothing moves
 OUT = Path(__file__).resolve().parents[1] / "kernels" / "tuned.json"
-RECIPES = {"W4A8": ("int4.g128", "int8.row"), "W4A16": ("int4.g128", None), "W8A8": ("int8.row", "int8.row"), "FP8": ("e4m3.row", "e4m3.row"), "NF4": ("nf4.g64", None), "W8A16": ("int8.row", None)}
+RECIPES = {"W4A8": ("int4.g128", "int8.row"), "W4A16": ("int4.g128", None), "W8A8": ("int8.row", "int8.row"), "FP8": ("e4m3.row", "e4m3.row"), "NF4": ("nf4.g64", None), "W8A16": ("int8.row", None), "FP8A16": ("e4m3.row", None)}
 SHAPES = ((14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (28672, 4096), (128256, 4096), (3072, 2048), (2048, 8192))
 """N, K: the wide and the long linear of an 8B model, q, k and v in one, o, gate and up in one, the head; small ones of a 1B model. Other sizes take the nearest."""
 GATED = ((28672, 4096), (16384, 2048))
 """Gate and up with their activation, as one kernel."""
 EVERYWHERE = ("W4A8", "W4A16", "W8A8")
-"""Recipes that are tuned for all shapes, the others for the first."""
+"""Recipes that are tuned for all shapes, the others so for one row of activations and for the first shape beyond."""
 ROTATE, COPIES, REPLAYS = 6, 4, 7
 TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SPLIT", "UNROLL")
@@ -85,10 +85,10 @@ def _whole(recipe: str, m: int, n: int, gated: bool) -> Iterator[tuple[int, int,
             yield from ((64, width, 1, unroll, warps, stages) for width, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for unroll, stages in ((1, 3), (1, 4), (2, 3)))
         elif m <= 256 or recipe in ("W4A8", "W8A8", "FP8"):
             yield from ((rows, width, 1, 1, warps, stages) for rows, width, warps in ((64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 64, 8)) for stages in (3, 4))
-    elif m == 1:
+    elif m == 1:  # never split: K in parts inside of a program was faster everywhere
         turns = ((1, 6), (2, 3), (2, 5), (4, 2), (4, 3))
         shapes = (*BY_WARPS[:2], (8, 1))
-        yield from ((rows, width, split, unroll, warps, stages) for rows in (1, 16) for width, warps in shapes for split in parts for unroll, stages in turns)
+        yield from ((rows, width, 1, unroll, warps, stages) for rows in (1, 16) for width, warps in shapes for unroll, stages in turns)
     elif m <= 16:
         shapes = (*BY_WARPS, (128, 4), (128, 8))
         yield from ((16, width, split, unroll, warps, stages) for width, warps in shapes for split in parts for unroll, stages in ((1, 5), (2, 3)))
@@ -102,15 +102,15 @@ def _whole(recipe: str, m: int, n: int, gated: bool) -> Iterator[tuple[int, int,
         yield from ((rows, width, 1, 1, 8, stages) for rows, width in ((128, 128), (256, 128), (128, 256)) for stages in (3, 4))
 
 
-def jobs(only: str | None, rows: Sequence[int] = (1, 16, 64, 256, 4096), sizes: Sequence[str] = ()) -> list[Job]:
-    """All that is to be timed; ``sizes`` ("4096x14336", N and K) keep only theirs."""
+def jobs(only: Sequence[str] = (), rows: Sequence[int] = (1, 16, 64, 256, 4096), sizes: Sequence[str] = (), block_m: int | None = None) -> list[Job]:
+    """All that is to be timed; ``sizes`` ("4096x14336", N and K) and ``block_m`` (a tile's rows of activations) keep only theirs."""
     found = []
     for m in rows:
-        for recipe in RECIPES if only is None else (only,):
-            shapes = SHAPES if recipe in EVERYWHERE and m <= 256 else SHAPES[:1]
+        for recipe in only or RECIPES:
+            shapes = SHAPES if m == 1 or (recipe in EVERYWHERE and m <= 256) else SHAPES[:1]
             found += [Job(recipe, m, n, k, tile) for n, k in shapes if n < 50000 or m <= 16 for tile in candidates(recipe, m, n, k)]
             found += [Job(recipe, m, n, k, tile, True) for n, k in GATED if recipe in (*EVERYWHERE, "FP8") for tile in candidates(recipe, m, n, k, True)]
-    return [job for job in found if not sizes or f"{job.n}x{job.k}" in sizes]
+    return [job for job in found if (not sizes or f"{job.n}x{job.k}" in sizes) and block_m in (None, job.tile[0])]
 
 
 def case(job: Job) -> Case:
@@ -235,16 +235,17 @@ def graphed(once: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop timing after so long")
-    parser.add_argument("--only", choices=list(RECIPES))
+    parser.add_argument("--only", nargs="+", default=(), choices=list(RECIPES))
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 16, 64, 256, 4096), help="rows of activations")
     parser.add_argument("--size", nargs="+", default=(), help="sizes NxK; all where none is given")
+    parser.add_argument("--block-m", type=int, help="only tiles of so many rows of activations")
     parser.add_argument("--early", action="store_true", help="launch each product while the one before ends")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--log", type=Path, help="every timing, one JSON list a line")
     parser.add_argument("--resume", action="store_true", help="times that the log holds count, and are not taken again: the log of a run with the same --early")
     given = parser.parse_args()
     begun = time.perf_counter()
-    todo = jobs(given.only, given.rows, given.size)
+    todo = jobs(given.only, given.rows, given.size, given.block_m)
     if not todo:
         parser.error(f"nothing to time: there are sizes {', '.join(sorted({f'{job.n}x{job.k}' for job in jobs(given.only)}))}, NxK")
     problems: dict[Key, Problem] = {}

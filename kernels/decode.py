@@ -4,6 +4,7 @@ A 4-bit weight of the ``planes`` layout keeps column ``j`` of a block of 128 in 
 four neighbouring columns. Conversion instructions (I2F) run at a quarter of the rate of logic, so none is used:
  * int8 operands: a signed nibble moved to the upper half of its byte is 16 times its value (``factor`` says so), an unsigned one is masked;
  * 16-bit operands of integers: the code lands in the mantissa of a float whose exponent makes the last bit worth one, and a subtraction takes that float's own value away, exactly;
+ * 16-bit operands of FP8: exponent and mantissa are shifted to where the wider float has them, which is a power of two off;
  * any other 4-bit format: its 16 values are a table of bytes in registers, which PRMT looks up four at a time.
 """
 
@@ -25,7 +26,7 @@ class Decoder:
     ptx: str
     outputs: int
     dtype: str
-    factor: int = 1
+    factor: float = 1
 
     def call(self, source: str, *names: str, paired: int = 0) -> str:
         """Statements that set ``names`` (two halves of a packed block, or one tile) from the uint8 tile ``source``.
@@ -100,6 +101,29 @@ def _by_table(fmt: Format, dtype: str) -> Decoder:
         if half == 0:
             lines += ["shr.b32 s, s, 16", "shr.b32 t, t, 16"]
     return Decoder("\n".join(lines), 4, dtype)
+
+
+def wide(fmt: Format, dtype: str) -> Decoder | None:
+    """Of an 8-bit format: words $0, $1 of 16-bit operands from word ``$2``; None where none has been written."""
+    if fmt.name == "int8":
+        return int8(dtype)
+    return _by_shift(fmt, dtype) if fmt.native in (torch.float8_e4m3fn, torch.float8_e5m2) else None
+
+
+def _by_shift(fmt: Format, dtype: str) -> Decoder:
+    """E4M3 and E5M2, subnormals with the rest: each byte between copies of its sign, shifted to the upper end of the mantissa, all but one sign masked.
+
+    That is the value times ``2 ** (bias - wider bias)``. bfloat16 is multiplied back, since sums of what is 2**-120 of its value would end among float32's subnormals. E4M3's NaN, which no weight
+    is, would be 480.
+    """
+    half = dtype == "tl.float16"
+    shift = (10 if half else 7) - fmt.man
+    mask = 0x8000 | 0x7F << shift
+    lines = [".reg .b32 scale, minus", f"mov.b32 scale, {_word(2.0 ** (127 - fmt.bias), dtype)}", "mov.b32 minus, 0x80008000"] if not half else []
+    for i, s in enumerate(("9180", "B3A2")):
+        lines += [f"prmt.b32 ${i}, $2, 0, 0x{s}", f"shl.b32 ${i}, ${i}, {shift}", f"and.b32 ${i}, ${i}, 0x{mask:04X}{mask:04X}"]
+        lines += [] if half else [f"fma.rn.bf16x2 ${i}, ${i}, scale, minus"]
+    return Decoder("\n".join(lines), 2, dtype, 2.0 ** (fmt.bias - 15) if half else 1)
 
 
 def int8(dtype: str) -> Decoder:

@@ -140,7 +140,7 @@ class _Text:
         self.by_group = min(group, self.x_group) < k
         self.fine = self.by_group and any(c < k and c % BLOCK for c in (group, self.x_group))
         """A scale for each half of a step."""
-        self.decoder = decode.nibbles(w.fmt, dot) if self.packed else decode.int8(dot) if w.fmt.name == "int8" and not self.integer else None
+        self.decoder = decode.nibbles(w.fmt, dot) if self.packed else decode.wide(w.fmt, dot) if x is None else None
         self.factor = 1 if self.decoder is None else self.decoder.factor
         self.even = k % BLOCK == 0
         assert not paired or (self.decoder is not None and self.even and parts == 1), "only whole blocks of what is decoded are read in pairs"
@@ -215,8 +215,6 @@ class _Text:
                 lines.append(f"{name} = tl.load(w_at{u} + {f'({step}) // 2' if self.paired else step}{_mask(inside, self.w.fmt.kind == 'int')})")
                 if self.decoder:
                     lines.append(self.decoder.call(name if self.paired else f"{name}.to(tl.uint8, bitcast=True)", f"w{i}{u}", paired=columns if self.paired else 0))
-                elif not self.integer and self.x is None:
-                    lines.append(f"w{i}{u} = w{i}{u}.to({self.dot})")
         return lines
 
     def _sums(self) -> list[str]:
@@ -315,8 +313,7 @@ def split_grid(s: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tu
 
 def pairs(c: Case, config: dict[str, int]) -> bool:
     """Weights that are decoded to 16 bits for ``wgmma``, which takes whole tiles of 64 rows from registers of four warps each. Fewer rows of activations take ``mma``, for which lanes hold four columns in a row."""
-    decoded = c.input is None and (c.weight.packing != "plain" or c.weight.fmt.name == "int8")
-    return decoded and config["BLOCK_M"] > 16 and config["BLOCK_N"] % 64 == 0 and config["num_warps"] % 4 == 0 and c.k % BLOCK == 0 and config["PARTS"] == 1
+    return c.input is None and config["BLOCK_M"] > 16 and config["BLOCK_N"] % 64 == 0 and config["num_warps"] % 4 == 0 and c.k % BLOCK == 0 and config["PARTS"] == 1
 
 
 def operand(c: Case) -> str:

@@ -126,4 +126,4 @@ def test_tuning_some_sizes_keeps_the_rows_of_others(tmp_path, monkeypatch):
     place = next(i for i, row in enumerate(before) if row["arithmetic"] == "16 @ int4" and row["size"] == [1, 4096, 4096])
     new = {"arithmetic": "16 @ int4", "size": [1, 4096, 4096], "tile": [1, 16, 1, 1, 2, 4, 2], "us": 1.5}
     assert after == [*before[:place], new, *before[place + 1 :], {"arithmetic": "16 @ table4", "size": [5, 64, 128], "tile": [16, 32, 1, 2, 2, 3], "us": 2.5}]
-    assert tune.jobs(None, sizes=["4096X14336"]) == [] and {(job.n, job.k) for job in tune.jobs("W4A16", (1,), ["4096x14336"])} == {(4096, 14336)}
+    assert tune.jobs(sizes=["4096X14336"]) == [] and {(job.n, job.k) for job in tune.jobs(("W4A16",), (1,), ["4096x14336"])} == {(4096, 14336)}

@@ -165,7 +165,7 @@ def test_what_bounds_the_goals_that_were_missed():
         "an expert has # rows": [f"{experts['W8A8']['m'] * experts['W8A8']['top'] / experts['W8A8']['experts']:g}"],
         "(8B, W4A16: # tokens/s, goal #)": [f"{run['tokens_s']:.0f}", f"{run['goal']:g}"],
         "a step of four layers and the head is # kernels.": [str(step["launches"])],
-        "Of a layer's # us its four products add #, attention #, the cache # and the rest #": [f"{us:.1f}" for us in ((step["step_us"] - step["groups_us"]["head"]) / step["layers"], *(step["per_layer_us"][kind] for kind in ("linear", "attention", "cache", "rest")))],
+        "Of a layer's # us its four products add #, attention #, the cache # and the rest #": [f"{us:.1f}" for us in ((step["busy_us"] - step["groups_us"]["head"]) / step["layers"], *(step["per_layer_us"][kind] for kind in ("linear", "attention", "cache", "rest")))],
         "(a layer's linears # times as fast as bfloat16's under W4A16, goal 1.6; W8A8 reaches #)": [f"{many['bf16'] / many[recipe]:.2f}" for recipe in ("W4A16", "W8A8")],
     }
     assert {words: numbers(words) for words in said} == said

@@ -51,7 +51,7 @@ def test_recipe(recipe, shape, dtype):
     [
         ("uint4.g64.point", None), ("uint4.g32.min/uint6.g8", None), ("int3.g128", None), ("int5.row", None), ("int6.g32", None), ("int7.row", None), ("int2.g16", None), ("e5m2.row", None),
         ("e3m4.row", None), ("e4m3b11.row", None), ("e2m3.g64", None), ("e2m1.g16/e4m3.tensor", None), ("nf4.g64/int8.row", None), ("int8.b64x128", None), ("uint8.g128.point", None), ("uint4.g128.point", "int8.row"),
-        ("int8.g128", "int8.g128"), ("e4m3.b128x128", "e4m3.g128"), ("e5m2.row", "e4m3.row"), ("int8.row", "uint8.row.point"), ("int3.g64", "int8.tensor"),
+        ("int8.g128", "int8.g128"), ("e4m3.b128x128", "e4m3.g128"), ("e5m2.row", "e4m3.row"), ("e4m3.row", None), ("e5m2.g64", None), ("e4m3.b64x128", None), ("int8.row", "uint8.row.point"), ("int3.g64", "int8.tensor"),
         ("lut4.g64", None), ("lut3.g32.min", None), ("lut4.row", "int8.row"),
     ],
 )  # fmt: skip

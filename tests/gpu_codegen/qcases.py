@@ -297,11 +297,11 @@ def regimes() -> Parts:
     from qcompile.kernels import tuned
 
     parts: Parts = {}
-    names = ("W4A16", "W4A8", "W8A8", "FP8", "NF4")
+    ways: dict[str, dict[str, Any]] = {name: {"recipe": name} for name in ("W4A16", "W4A8", "W8A8", "FP8", "NF4")} | {"FP8A16": {"weight": "e4m3.row"}}
     for rows, dynamic in ((1, None), (16, None), (4096, None), (48, True)):
         torch._dynamo.reset()
         layer = nn.Linear(256, 512, bias=False).eval().to(torch.bfloat16)
-        parts.update(quantized(layer, (bf16(rows, 256),), {f"{name} {'dynamic' if dynamic else rows}": {"recipe": name} for name in names}, dynamic))
+        parts.update(quantized(layer, (bf16(rows, 256),), {f"{name} {'dynamic' if dynamic else rows}": way for name, way in ways.items()}, dynamic))
     torch._dynamo.reset()
     tuned.config = lambda c: {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": 4, "UNROLL": 1, "num_warps": 2, "num_stages": 4, "PARTS": 1, "GROUP_M": 8}
     parts.update(quantized(nn.Linear(1024, 512).eval().to(torch.bfloat16), (bf16(8, 1024),), {"split": {"recipe": "W4A16"}}))
@@ -316,8 +316,8 @@ def parted() -> Parts:
     for rows in (1, 16):
         torch._dynamo.reset()
         tuned.config = lambda c, rows=rows: {"BLOCK_M": rows, "BLOCK_N": 16, "SPLIT": 1, "UNROLL": 1, "num_warps": 4, "num_stages": 3, "PARTS": 4, "GROUP_M": 8}
-        names = ("W4A16", "W4A8", "W8A8", "FP8", "NF4", "W8A16")
-        parts.update(quantized(nn.Linear(1024, 512, bias=False).eval().to(torch.bfloat16), (bf16(rows, 1024),), {f"{name} {rows}": {"recipe": name} for name in names}))
+        ways: dict[str, dict[str, Any]] = {name: {"recipe": name} for name in ("W4A16", "W4A8", "W8A8", "FP8", "NF4", "W8A16")} | {"E5M2A16": {"weight": "e5m2.row"}}
+        parts.update(quantized(nn.Linear(1024, 512, bias=False).eval().to(torch.bfloat16), (bf16(rows, 1024),), {f"{name} {rows}": way for name, way in ways.items()}))
     return parts
 
 

@@ -318,18 +318,18 @@ hidden_states_5 = add_6.to(bfloat16)""",
     )
 
 
-@pytest.mark.parametrize("recipe", ["W4A16", "W4A8", "W8A8", "FP8", "NF4"])
+@pytest.mark.parametrize("recipe", ["W4A16", "W4A8", "W8A8", "FP8", "NF4", "FP8A16"])
 def test_the_kernel_for_the_rows_at_hand(qcase: QCase, recipe: str) -> None:
     """Few rows stream the weight; with many, 16-bit activations and FP8 go to the library. Nothing spills."""
     parts = qcase("regimes")
-    quantize = [] if recipe in ("W4A16", "NF4") else ["per"]
+    quantize = [] if recipe in ("W4A16", "NF4", "FP8A16") else ["per"]
     for rows in ("1", "16", "dynamic"):
         part = parts[f"{recipe} {rows}"]
         assert kinds(part) == [*quantize, "tem"]
         assert "tl.inline_asm_elementwise" in templates(part)[0]["source"] or recipe in ("W8A8", "FP8")
         compiled(part)
     many = kinds(parts[f"{recipe} 4096"])
-    library = {"FP8": ["per", "extern_kernels._scaled_mm"], "W4A16": ["poi", "extern_kernels.mm"], "NF4": ["poi", "extern_kernels.mm"]}
+    library = {"FP8": ["per", "extern_kernels._scaled_mm"], "W4A16": ["poi", "extern_kernels.mm"], "NF4": ["poi", "extern_kernels.mm"], "FP8A16": ["poi", "extern_kernels.mm"]}
     assert many == library.get(recipe, [*quantize, "tem"])
     compiled(parts[f"{recipe} 4096"])
 

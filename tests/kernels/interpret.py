@@ -41,7 +41,8 @@ def statements(self, source, *names, paired=0):
     if paired:
         lines += ["raw = raw.to(tl.int32)", f"raw = tl.reshape(tl.join(raw & 255, (raw >> 8) & 255), (BLOCK_N, {paired})).to(tl.uint8)"]
     for i, name in enumerate(names):
-        lines.append(f"code = (raw.to(tl.int32) >> {4 * i}) & 15" if len(names) == 2 else "code = raw.to(tl.int8, bitcast=True)")
+        whole = {"e4m3": "tl.float8e4nv", "e5m2": "tl.float8e5"}.get(statements.scheme.fmt.name, "tl.int8")
+        lines.append(f"code = (raw.to(tl.int32) >> {4 * i}) & 15" if len(names) == 2 else f"code = raw.to({whole}, bitcast=True)")
         lines += [tiles.decode(statements.scheme, "tl.float32"), f"{name} = (w * {self.factor}).to({self.dtype})"]
     return "\n".join(lines)
 
@@ -142,7 +143,7 @@ def paired():
     """Codes that are read two bytes at a time: every format that is decoded to 16 bits, plain and gated and stacked, split and not."""
     rows = []
     for i, (weight, given) in enumerate(CASES):
-        if (given is None and weight[0] != "e") or weight == "e2m1.g128/int8.tensor":
+        if given is None:
             gate = stream.Gate("silu", linear_glu.ACTIVATIONS["silu"].text) if i % 3 == 1 and weight[:3] not in ("nf4", "fp4") else None
             (m, n, _), tile = SIZES[i % 3], TILES[i % 3]
             rows.append([weight, gate is None, m, check(weight, None, m, n, 256 * (1 + i % 2), tile if gate is None else (*tile[:2], 1), gate, paired=True)])

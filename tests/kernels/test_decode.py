@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qcompile.core.formats import FORMATS, decode
-from qcompile.kernels.decode import DTYPES, Decoder, int8, nibbles
+from qcompile.kernels.decode import DTYPES, Decoder, int8, nibbles, wide
 
 WORD = 0xFFFFFFFF
 DTYPE = {**DTYPES, "tl.int8": torch.int8}
@@ -107,6 +107,22 @@ def test_bytes(dtype: str) -> None:
     for data in BYTES:
         signed = torch.tensor(data, dtype=torch.uint8).view(torch.int8)
         assert torch.equal(operands(int8(dtype), data), signed.to(DTYPE[dtype])[None])
+
+
+@pytest.mark.parametrize("dtype", ["tl.float16", "tl.bfloat16"])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_fp8(name: str, dtype: str) -> None:
+    """Every value, subnormals among them, but infinities and NaN, which no weight is."""
+    fmt, decoder = FORMATS[name], wide(FORMATS[name], dtype)
+    assert decoder is not None
+    for data in BYTES:
+        truth = torch.tensor(data, dtype=torch.uint8).view(fmt.native).float()
+        finite = truth.isfinite()
+        assert finite.any() and torch.equal((operands(decoder, data)[0].double() / decoder.factor)[finite], truth.double()[finite])
+
+
+def test_no_decoder_of_other_bytes() -> None:
+    assert wide(FORMATS["uint8"], "tl.bfloat16") is None and wide(FORMATS["e3m4"], "tl.float16") is None
 
 
 def test_the_interpreter_can_fail() -> None:
