@@ -23,6 +23,8 @@ SAME = {
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach", "neg", torch.neg, operator.neg, torch.clone, F.dropout, torch.dropout,
 }  # fmt: skip
 """Element by element, and commuting with any factor (dropout: whatever its mask)."""
+FILL = {"masked_fill", torch.masked_fill}
+"""Commuting where what they put in is zero: whatever a factor makes of it."""
 POSITIVE = {F.relu, torch.relu, "relu", F.leaky_relu}
 """f(v x) = v f(x) for v > 0."""
 MUL = {torch.mul, operator.mul, "mul", "__mul__"}
@@ -54,8 +56,14 @@ def operands(node: fx.Node, k: int) -> list[fx.Node]:
     if node.target in PRODUCT:
         return args[1:2] if len(args) == 2 else []
     first = node.args[0] if node.args else node.kwargs.get("input")
-    known = node.target in SAME | POSITIVE | VIEW or (node.target in DIV and not node.kwargs)
+    known = node.target in SAME | POSITIVE | VIEW or (node.target in DIV and not node.kwargs) or (node.target in FILL and zero_fill(node))
     return [first] if known and isinstance(first, fx.Node) else []
+
+
+def zero_fill(node: fx.Node) -> bool:
+    """Whether a masked_fill puts in the number zero."""
+    value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _is_float(node: fx.Node) -> bool:

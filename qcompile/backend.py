@@ -51,6 +51,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     """What ``torch.compile(model, backend="qcompile", options=...)`` calls for each captured graph."""
     options = options or dict(DEFAULTS)  # as they are now, also where a graph is built later
     opts = Options.parse(options, mode)
+    compat.guard_parameters()
     training = _training(gm, example_inputs)
     if any(map(compat.is_fake, example_inputs)) and not (training and opts.train is None and session() is None):
         return Later(example_inputs, lambda inputs: backend(gm, inputs, options=options, mode=mode))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,6 +173,31 @@ def whole_rows() -> Any:
             return 1 if whole else int(InductorChoices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
 
     return V.set_choices_handler(Choices())
+
+
+@contextlib.contextmanager
+def narrow_casts() -> Iterator[None]:
+    """A context in which a float that is narrowed, then widened stays narrow in between, as it does from torch 2.13 on.
+
+    Before, Inductor takes a narrower cast and the wider one behind it for one: what a product stores for two readers that compute in float32, such as a row's maximum and its codes, then is written
+    and read in float32.
+    """
+    from torch._inductor.fx_passes import joint_graph
+
+    entries = [e for found in joint_graph.patterns.patterns.values() for e in found if getattr(e, "handler", None) is joint_graph.pointless_convert]
+    before = [e.extra_check for e in entries]
+
+    def check(match: Any, usual: Callable[[Any], bool]) -> bool:
+        narrow, wide = match.kwargs["dtype1"], match.kwargs["dtype2"]
+        return narrow.itemsize >= wide.itemsize and usual(match)
+
+    for entry, usual in zip(entries, before):
+        entry.extra_check = functools.partial(check, usual=usual)
+    try:
+        yield
+    finally:
+        for entry, usual in zip(entries, before):
+            entry.extra_check = usual
 
 
 def lowered(op: Any, *args: Any) -> Any:

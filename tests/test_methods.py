@@ -42,7 +42,8 @@ def captured(name, dtype):
     """(model, Dynamo's graph, its arguments) of one layer on some hundred tokens."""
     model, inputs = tiny(name, dtype, **one_layer(name))
     g = torch.Generator().manual_seed(0)
-    many = {key: torch.randn(24, *t.shape[1:], generator=g).to(t.dtype) if t.is_floating_point() else torch.randint(3, 120, (24, 16), generator=g) for key, t in inputs.items() if "mask" not in key}
+    tensors = {key: t for key, t in inputs.items() if isinstance(t, torch.Tensor) and "mask" not in key}
+    many = {key: torch.randn(24, *t.shape[1:], generator=g).to(t.dtype) if t.is_floating_point() else torch.randint(3, 120, (24, 16), generator=g) for key, t in tensors.items()}
     found = []
     torch._dynamo.reset()
     with torch.no_grad():

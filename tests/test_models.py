@@ -89,10 +89,7 @@ def test_inductor_gpu_bf16(name, recipe):
 
 
 def on_gpu(name, dtype):
-    """Without a cache for the encoder-decoders: torch 2.11's Dynamo does not take the deepcopy with which transformers makes one."""
     model, inputs = tiny(name, dtype=dtype)
-    if name in ("t5", "bart", "whisper"):
-        inputs["use_cache"] = False
     return model.cuda(), {k: v.cuda() if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
+from small import renumbered
 
 pytestmark = pytest.mark.xdist_group("fusion")  # a worker keeps what its cases gave
 
@@ -176,7 +178,12 @@ def test_a_llama_layer_under_every_recipe(qcase: QCase, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parts"), [("W4A16 1", 16), ("W8A8 1", 16), ("W8A8_STATIC 1", 16), ("W4A16 128", 1), ("W8A8 128", 1), ("W8A8_STATIC 128", 1)])
 def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int) -> None:
-    """Attention reads the cache as it is; its parts are combined by the kernel that stores o's input, codes where its range is static. Batch 128 has programs enough without parts, and no kernel that combines."""
+    """Attention reads the cache as it is; its parts are combined by the kernel that stores o's input, codes where its range is static. Batch 128 has programs enough without parts, and no kernel that combines.
+
+    torch 2.11 sees no shared data between a tile of heads and the row that they make, so that there one pointwise kernel quantizes under a static range.
+    """
+    static = "STATIC" in name
+    apart = static and torch.__version__.startswith("2.11.")
     part = qcase("decoding", compile="triton_tem")[name]
     (attention,) = [row for row in templates(part) if "arg_K" in row["source"]]
     compiled(part, attention["name"])
@@ -185,10 +192,10 @@ def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int)
     behind = part["calls"][part["calls"].index(attention["name"]) + 1 :]
     if parts > 1:
         combining = kernel(part, behind.pop(0))
-        assert "arg_PARTS" in combining["source"] and stored(combining) == (["i8"] if "STATIC" in name else ["bf16"]), "one kernel combines"
+        assert "arg_PARTS" in combining["source"] and stored(combining) == (["i8"] if static and not apart else ["bf16"]), "one kernel combines"
         compiled(part, combining["name"])
     product = next(i for i, n in enumerate(behind) if n.startswith("triton_tem"))
-    assert [n.split("_")[1] for n in behind[:product]] == (["per"] if name.startswith("W8A8 ") else []), "rows are quantized by a kernel of their own"
+    assert [n.split("_")[1] for n in behind[:product]] == (["poi"] if apart else ["per"] if name.startswith("W8A8 ") else []), "rows are quantized by a kernel of their own"
 
 
 @pytest.mark.slow
@@ -250,11 +257,11 @@ def test_spills_are_seen(qcase: QCase) -> None:
 
 
 def between(part: Part, first: str, last: str) -> str:
-    """Lines of the graph before Inductor from the one that matches ``first`` to the one that matches ``last``, with the names of packed inputs cut to their ends."""
+    """Lines of the graph before Inductor from the one that matches ``first`` to the one that matches ``last``, with the names of packed inputs cut to their ends and nodes numbered anew."""
     lines = part["extra"]["text"].splitlines()
     start = next(i for i, line in enumerate(lines) if re.search(first, line))
     end = next(i for i, line in enumerate(lines) if re.search(last, line))
-    text = "\n".join(lines[start : end + 3])
+    text = renumbered("\n".join(lines[start : end + 3]))
     return re.sub(r"l_\w*?modules_([a-z0-9_]+?)_parameters_weight__", lambda m: m[1].split("_modules_")[-1] + ".", text)
 
 
@@ -263,15 +270,15 @@ def test_graph_of_opt(qcase: QCase) -> None:
     assert_expected_inline(
         between(qcase("static_models", compile=False)["opt"], r"fc1: ", r"fc2: "),
         """\
-scaled_linear_default_2 = qcompile.scaled_linear(getitem_2, [fc1.range], [fc1.codes, fc1.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc1: int8.tensor.static @ int8.row
-add_6 = add(scaled_linear_default_2, %model.decoder.layers.0.fc1.bias)
-hidden_states_6 = add_6.to(bfloat16)
-hidden_states_7 = relu(hidden_states_6, inplace=False)
-quantize_default_3 = qcompile.quantize(hidden_states_7, [fc2.range], 'int8.tensor.static')
-getitem_3 = getitem(quantize_default_3, 0)
-scaled_linear_default_3 = qcompile.scaled_linear(getitem_3, [fc2.range], [fc2.codes, fc2.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc2: int8.tensor.static @ int8.row
-add_7 = add(scaled_linear_default_3, %model.decoder.layers.0.fc2.bias)
-hidden_states_8 = add_7.to(bfloat16)""",
+scaled_linear_default_0 = qcompile.scaled_linear(getitem_0, [fc1.range], [fc1.codes, fc1.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc1: int8.tensor.static @ int8.row
+add_0 = add(scaled_linear_default_0, %model.decoder.layers.0.fc1.bias)
+hidden_states_0 = add_0.to(bfloat16)
+hidden_states_1 = relu(hidden_states_0, inplace=False)
+quantize_default_0 = qcompile.quantize(hidden_states_1, [fc2.range], 'int8.tensor.static')
+getitem_1 = getitem(quantize_default_0, 0)
+scaled_linear_default_1 = qcompile.scaled_linear(getitem_1, [fc2.range], [fc2.codes, fc2.scale], 'int8.tensor.static @ int8.row')  # model.decoder.layers.0.fc2: int8.tensor.static @ int8.row
+add_1 = add(scaled_linear_default_1, %model.decoder.layers.0.fc2.bias)
+hidden_states_2 = add_1.to(bfloat16)""",
     )
 
 
@@ -280,24 +287,24 @@ def test_graph_of_gpt2(qcase: QCase) -> None:
     assert_expected_inline(
         between(qcase("static_models", compile=False)["gpt2"], r"mlp\.c_fc: ", r"mlp\.c_proj: "),
         """\
-scaled_linear_default_2 = qcompile.scaled_linear(getitem_11, [c_fc.range], [c_fc.codes, c_fc.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_fc: int8.tensor.static @ int8.row
-add_8 = add(scaled_linear_default_2, %transformer.h.0.mlp.c_fc.bias)
-x_4 = add_8.to(bfloat16)
-x_5 = x_4.view((2, 16, 512))
-mul = mul(0.5, x_5)
-pow_1 = pow(x_5, 3.0)
-mul_1 = mul(0.044715, pow_1)
-add_5 = add(x_5, mul_1)
-mul_2 = mul(0.7978845608028654, add_5)
-tanh = tanh(mul_2)
-add_6 = add(1.0, tanh)
-hidden_states_5 = mul(mul, add_6)
-view_10 = hidden_states_5.view(-1, 512)
-quantize_default_3 = qcompile.quantize(view_10, [c_proj.range], 'int8.tensor.static')
-getitem_12 = getitem(quantize_default_3, 0)
-scaled_linear_default_3 = qcompile.scaled_linear(getitem_12, [c_proj.range], [c_proj.codes, c_proj.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_proj: int8.tensor.static @ int8.row
-add_9 = add(scaled_linear_default_3, %transformer.h.0.mlp.c_proj.bias)
-x_6 = add_9.to(bfloat16)""",
+scaled_linear_default_0 = qcompile.scaled_linear(getitem_0, [c_fc.range], [c_fc.codes, c_fc.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_fc: int8.tensor.static @ int8.row
+add_0 = add(scaled_linear_default_0, %transformer.h.0.mlp.c_fc.bias)
+x_0 = add_0.to(bfloat16)
+x_1 = x_0.view((2, 16, 512))
+mul_0 = mul(0.5, x_1)
+pow_0 = pow(x_1, 3.0)
+mul_1 = mul(0.044715, pow_0)
+add_1 = add(x_1, mul_1)
+mul_2 = mul(0.7978845608028654, add_1)
+tanh_0 = tanh(mul_2)
+add_2 = add(1.0, tanh_0)
+hidden_states_0 = mul(mul_0, add_2)
+view_0 = hidden_states_0.view(-1, 512)
+quantize_default_0 = qcompile.quantize(view_0, [c_proj.range], 'int8.tensor.static')
+getitem_1 = getitem(quantize_default_0, 0)
+scaled_linear_default_1 = qcompile.scaled_linear(getitem_1, [c_proj.range], [c_proj.codes, c_proj.scale], 'int8.tensor.static @ int8.row')  # transformer.h.0.mlp.c_proj: int8.tensor.static @ int8.row
+add_3 = add(scaled_linear_default_1, %transformer.h.0.mlp.c_proj.bias)
+x_2 = add_3.to(bfloat16)""",
     )
 
 
@@ -306,15 +313,15 @@ def test_graph_of_bert(qcase: QCase) -> None:
     assert_expected_inline(
         between(qcase("static_models", compile=False)["bert"], r"intermediate\.dense: ", r"0\.output\.dense: "),
         """\
-scaled_linear_default_2 = qcompile.scaled_linear(getitem_2, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.intermediate.dense: int8.tensor.static @ int8.row
-add_5 = add(scaled_linear_default_2, %bert.encoder.layer.0.intermediate.dense.bias)
-hidden_states_3 = add_5.to(bfloat16)
-hidden_states_4 = gelu(hidden_states_3)
-quantize_default_3 = qcompile.quantize(hidden_states_4, [dense.range], 'int8.tensor.static')
-getitem_3 = getitem(quantize_default_3, 0)
-scaled_linear_default_3 = qcompile.scaled_linear(getitem_3, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.output.dense: int8.tensor.static @ int8.row
-add_6 = add(scaled_linear_default_3, %bert.encoder.layer.0.output.dense.bias)
-hidden_states_5 = add_6.to(bfloat16)""",
+scaled_linear_default_0 = qcompile.scaled_linear(getitem_0, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.intermediate.dense: int8.tensor.static @ int8.row
+add_0 = add(scaled_linear_default_0, %bert.encoder.layer.0.intermediate.dense.bias)
+hidden_states_0 = add_0.to(bfloat16)
+hidden_states_1 = gelu(hidden_states_0)
+quantize_default_0 = qcompile.quantize(hidden_states_1, [dense.range], 'int8.tensor.static')
+getitem_1 = getitem(quantize_default_0, 0)
+scaled_linear_default_1 = qcompile.scaled_linear(getitem_1, [dense.range], [dense.codes, dense.scale], 'int8.tensor.static @ int8.row')  # bert.encoder.layer.0.output.dense: int8.tensor.static @ int8.row
+add_1 = add(scaled_linear_default_1, %bert.encoder.layer.0.output.dense.bias)
+hidden_states_2 = add_1.to(bfloat16)""",
     )
 
 

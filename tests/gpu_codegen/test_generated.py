@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.xdist_group("generated")  # a worker keeps what its cases gave
 
@@ -71,7 +72,8 @@ def test_transformers(isolated: Isolated, model: str, matmuls: dict[str, int]) -
     externs = Counter(name.removeprefix("extern_kernels.") for name in result["externs"])
     attention = [name for name in externs if "_attention" in name]
     assert result["graphs"] == 1 and len(attention) == 1
-    assert {name: n for name, n in externs.items() if name not in attention} == matmuls
+    rotary = 1 if model == "llama" and torch.__version__.startswith("2.11.") else 0  # frequencies times positions, a product with one column, is pointwise from 2.12 on
+    assert {name: n for name, n in externs.items() if name not in attention} == matmuls | ({"mm": matmuls["mm"] + rotary})
     assert "async_compile.cpp" not in result["source"] and "empty_strided_cpu(" not in result["source"]
 
 

@@ -39,7 +39,9 @@ def test_value(bias, batch_first, call):
 
 
 def test_text():
-    assert_expected_inline(texts(FOUND, Attention(), X), """\
+    """Up to the last linear: what torch does with its output differs between versions."""
+    text, mark, _ = texts(FOUND, Attention(), X).partition("# mha.out_proj linear")
+    assert_expected_inline(text + mark, """\
 inputs: l_x_: float32[2, 5, 64]
 query = l_x_.transpose(1, 0)
 linear = linear(query, %mha.in_proj_weight, %mha.in_proj_bias)  # mha.in_proj_weight linear
@@ -55,10 +57,7 @@ permute_2 = unflatten_2.permute(1, 2, 0, 3)
 scaled_dot_product_attention = scaled_dot_product_attention(permute, permute_1, permute_2)
 permute_3 = scaled_dot_product_attention.permute(2, 0, 1, 3)
 flatten = permute_3.flatten(2)
-linear_1 = linear(flatten, %mha.out_proj.weight, %mha.out_proj.bias)  # mha.out_proj linear
-attn_output_1 = linear_1.transpose(1, 0)
-attn_output_2 = attn_output_1.contiguous()
-return (attn_output_2,)""")
+linear_1 = linear(flatten, %mha.out_proj.weight, %mha.out_proj.bias)  # mha.out_proj linear""")
 
 
 def test_refusals():

@@ -74,6 +74,7 @@ def places(name, **options):
         fast(**inputs)
     with torch.no_grad(), graphs() as seen:
         fast(**inputs)
+    seen[0][0].model = model  # whose parameters live as long as the graph that is looked at
     return seen[0][0]
 
 
