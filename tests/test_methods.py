@@ -44,6 +44,7 @@ def captured(name, dtype):
     g = torch.Generator().manual_seed(0)
     tensors = {key: t for key, t in inputs.items() if isinstance(t, torch.Tensor) and "mask" not in key}
     many = {key: torch.randn(24, *t.shape[1:], generator=g).to(t.dtype) if t.is_floating_point() else torch.randint(3, 120, (24, 16), generator=g) for key, t in tensors.items()}
+    many |= {key: value for key, value in inputs.items() if not isinstance(value, torch.Tensor)}
     found = []
     torch._dynamo.reset()
     with torch.no_grad():
