@@ -246,16 +246,20 @@ PREFILLS = (Prefill("bf16"), Prefill("FP8", 31), Prefill("W8A8", 38), Prefill("W
 
 @dataclass(frozen=True)
 class Generate:
-    """transformers' generate with a static cache against a step that is captured by hand with a cache as long. `goal`: the share of its tokens a second."""
+    """transformers' generate with a static cache against a step that is captured by hand with a cache as long. `goal`: the share of its tokens a second. `guards`: whether Dynamo guards modules on
+    every call, as it does where it is not told otherwise."""
 
     recipe: str
     head: str | None
     model: str = "8B"
     prompt: int = 128
-    goal: float = 0.85
+    goal: float | None = 0.85
+    guards: bool = True
 
 
-GENERATES = (Generate("W4A16", "int4.g128"), Generate("W4A16", "int4.g128", "1B"), Generate("W8A8", "int8.row"))
+GENERATES = (
+    Generate("W4A16", "int4.g128"), Generate("W4A16", "int4.g128", guards=False), Generate("bf16", None, goal=None), Generate("W4A16", "int4.g128", "1B"), Generate("W8A8", "int8.row"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

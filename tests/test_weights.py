@@ -139,6 +139,20 @@ def test_the_same_storage_read_otherwise(x):
         assert right(fast, model, x)
 
 
+def test_without_guards_on_modules(x):
+    """``guard_filter_fn`` is torch.compile's own. Weights are looked at all the same: written to, replaced, given other data."""
+    model = Net()
+    fast = compiled(model, guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe)
+    assert right(fast, model, x)
+    with torch.no_grad():
+        model.up.weight.mul_(-2)
+    assert right(fast, model, x)
+    model.up.weight = nn.Parameter(torch.randn_like(model.up.weight))
+    assert right(fast, model, x)
+    model.up.weight.data = torch.randn_like(model.up.weight)
+    assert right(fast, model, x)
+
+
 def test_refresh_tells_of_what_cannot_be_seen(x):
     model = Net()
     fast = compiled(model)
