@@ -6,6 +6,7 @@ from qcompile.core.errors import CalibrationError, OptionError, QcompileError, Q
 from qcompile.core.formats import FORMATS, Format
 from qcompile.core.recipe import RECIPES, Recipe, Rule, find_recipe
 from qcompile.core.scheme import Scheme
+from qcompile.layerwise import load_weights
 from qcompile.measure import explain
 from qcompile.memory import refresh, release_weights, restore_weights
 from qcompile.options import set_defaults
@@ -35,6 +36,7 @@ __all__ = [
     "calibrate",
     "explain",
     "find_recipe",
+    "load_weights",
     "parameters",
     "quantize",
     "refresh",

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from qcompile.compat_dist import all_reduce, gathered, shard_of, shard_state, world_size  # noqa: F401
+from qcompile.compat_dynamo import (  # noqa: F401
+    at_recompile_limit,
+    backend_name,
+    compiling,
+    compiling_for,
+    dynamo_is_off,
+    guard_parameters,
+    is_wrapper,
+    on_first_call,
+    original,
+    recompile_limit,
+    reset_code,
+    room_for,
+)
 from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
     at_most,
     capability,
@@ -224,99 +237,6 @@ def source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
-
-
-_COMPILING_FOR: list[Any] = []
-
-
-@contextlib.contextmanager
-def compiling_for(code: Any) -> Iterator[None]:
-    """Inside, ``compiling`` gives this code object: what is compiled now was captured from it earlier."""
-    _COMPILING_FOR.append(code)
-    try:
-        yield
-    finally:
-        _COMPILING_FOR.pop()
-
-
-def compiling() -> Any:
-    """The code object that Dynamo compiles at this moment: not always a function of the model, for torch's own modules run through a wrapper. None where it does not say."""
-    if _COMPILING_FOR:
-        return _COMPILING_FOR[-1]
-    with contextlib.suppress(AttributeError):
-        return torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_code
-    return None
-
-
-def guard_parameters() -> None:
-    """From the guards on that are built next, Dynamo looks at a parameter's dtype, strides and ``requires_grad`` on every call, as it does by itself from torch 2.12 on.
-
-    Before, it skips the tensors of a module whose dictionaries have not changed: after ``requires_grad_(True)`` a graph without that gradient ran, after ``p.data = p.data.t()`` one with other
-    strides. A call of a model of 32 layers takes 0.1 ms longer for it, which is what it takes under 2.13.
-    """
-    from torch._dynamo import config
-
-    if torch.__version__.startswith("2.11."):
-        config.skip_tensor_guards_with_matching_dict_tags = config.use_recursive_dict_tags_for_guards = False
-
-
-def is_wrapper(code: Any) -> bool:
-    """Whether a code object is Dynamo's own, through which it runs torch's modules: one for all of them."""
-    return code.co_filename.startswith(os.path.dirname(torch._dynamo.__file__))  # type: ignore[no-any-return]
-
-
-def reset_code(code: Any) -> None:
-    """Drop Dynamo's compiled entries of one function's code, and of what follows its graph breaks, so that its next call captures again."""
-    torch._C._dynamo.eval_frame.reset_code(code)
-    for later in torch._dynamo.resume_execution.ContinueExecutionCache.cache.get(code, {}).values():
-        reset_code(later)
-
-
-def original(fast: Any) -> Any:
-    """What ``torch.compile`` was given: the module, or the function or bound method; the object itself where it is not compiled."""
-    from torch._dynamo.eval_frame import innermost_fn
-
-    return fast._orig_mod if isinstance(fast, torch._dynamo.OptimizedModule) else innermost_fn(fast)
-
-
-def backend_name(fast: Any) -> str | None:
-    """Name of the backend that something is compiled with: "" where it cannot be told, None where the object is not compiled."""
-    from torch._dynamo.eval_frame import innermost_backend
-
-    context = fast.dynamo_ctx if isinstance(fast, torch._dynamo.OptimizedModule) else None
-    if context is None and isinstance(fast, torch.nn.Module):
-        fast = fast._compiled_call_impl
-    if context is None and not hasattr(fast, "_torchdynamo_orig_callable"):
-        return None
-    cells = {} if context is not None else dict(zip(fast.__code__.co_freevars, fast.__closure__ or ()))
-    callback = context.callback if context is not None else cells["callback"].cell_contents if "callback" in cells else None
-    wrapper = innermost_backend(callback) if callable(callback) else None
-    fn = getattr(wrapper, "compiler_fn", wrapper)
-    if getattr(fn, "__module__", "").partition(".")[0] == "qcompile":
-        return "qcompile"
-    return str(getattr(wrapper, "compiler_name", getattr(fn, "__name__", "")))
-
-
-def recompile_limit() -> int:
-    """How many graphs Dynamo keeps of one function."""
-    return int(torch._dynamo.config.recompile_limit)
-
-
-def at_recompile_limit(functions: Iterable[Any], more: int = 0) -> list[str]:
-    """Names of functions (or code objects) for which Dynamo holds as many graphs as it may, or will with ``more``: a call that needs another one runs eagerly."""
-    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-
-    limit = recompile_limit()
-    codes = {code for fn in functions if hasattr(code := getattr(fn, "__code__", fn), "co_qualname")}
-    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) + more >= limit)
-
-
-def dynamo_is_off() -> str | None:
-    """Why Dynamo captures nothing at all, or None."""
-    from torch._dynamo import config, eval_frame
-
-    stance = getattr(getattr(eval_frame, "_stance", None), "stance", "default")
-    return "TORCHDYNAMO_DISABLE is set" if config.disable else f"torch.compiler.set_stance({stance!r}) is active" if stance != "default" else None
 
 
 def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:

@@ -12,13 +12,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = {"qcompile": "qcompile", "kernels": "qcompile.kernels", "passes": "qcompile.passes"}
-FLOORS = {"qcompile.core": 0, "qcompile.kernels": 1, "qcompile.compat": 1, "qcompile.compat_ir": 1, "qcompile.compat_dist": 1, "qcompile.passes": 2, "qcompile": 3}
+FLOORS = {"qcompile.core": 0, "qcompile.kernels": 1, "qcompile.compat": 1, "qcompile.compat_ir": 1, "qcompile.compat_dist": 1, "qcompile.compat_dynamo": 1, "qcompile.passes": 2, "qcompile": 3}
 CORE_KNOWS_ONLY = ("torch", "qcompile.core")
 CORE_NEVER = ("torch.fx", "torch._dynamo", "torch._inductor", "torch._subclasses", "torch.export", "triton")
 PUBLIC_BY_CUSTOM = ("torch._ops", "torch._higher_order_ops")
 """Underscored, yet what the type of every op is called in torch's own documentation."""
 LONGEST = 350
-COMPAT = ("qcompile.compat", "qcompile.compat_ir", "qcompile.compat_dist")
+COMPAT = ("qcompile.compat", "qcompile.compat_ir", "qcompile.compat_dist", "qcompile.compat_dynamo")
 
 
 def modules() -> Iterator[tuple[str, pathlib.Path]]:
