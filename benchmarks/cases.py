@@ -130,6 +130,7 @@ VOCABULARY = 128256
 LLAMAS = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
 }
 
@@ -260,6 +261,20 @@ class Generate:
 GENERATES = (
     Generate("W4A16", "int4.g128"), Generate("W4A16", "int4.g128", guards=False), Generate("bf16", None, goal=None), Generate("W4A16", "int4.g128", "1B"), Generate("W8A8", "int8.row"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model that is filled layer by layer on a card of which it may use `gib`, less than its 16-bit weights take."""
+
+    recipe: str
+    head: str | None
+    model: str
+    gib: float
+    context: int = 128
+
+
+LAYERS = (Layers("W4A16", "int4.g128", "8B", 8), Layers("W4A16", "int4.g128", "70B", 48))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ linear     one nn.Linear of 4096 -> 14336 through torch.compile(backend="qcompil
 moe        grouped products of 128 experts against compiled bfloat16 grouped_mm (`gpu_moe.py`)
 lines      LLM.int8's splits against W8A8
 generate   transformers' generate with a static cache against the same step captured by hand
+layers     a model that does not fit in 16 bits, filled layer by layer (`gpu_layers.py`)
 start      seconds of the first call in a new process, cold and warm (`gpu_start.py`)
 shapes     the other linears of an 8B model, at one and sixteen rows
 
@@ -31,17 +32,18 @@ from typing import Any
 
 import gpu_breakdown
 import gpu_decode
+import gpu_layers
 import gpu_linear
 import gpu_moe
 import gpu_start
 import torch
-from cases import BREAKDOWNS, GENERATES, GPU_CASES, GPU_SHAPES, LINES, MOES, PREFILLS, ROWS, RUNS, SHAPE, STARTS
+from cases import BREAKDOWNS, GENERATES, GPU_CASES, GPU_SHAPES, LAYERS, LINES, MOES, PREFILLS, ROWS, RUNS, SHAPE, STARTS
 from tune import graphed
 
 import qcompile
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("breakdown", "model", "prefill", "linear", "moe", "lines", "generate", "start", "shapes")
+PARTS = ("breakdown", "model", "prefill", "linear", "moe", "lines", "generate", "start", "layers", "shapes")
 Row = dict[str, Any]
 NAMES = ("recipe", "model", "what", "head", "batch", "context", "tokens", "layers", "m", "n", "k")
 """What tells the rows of a part apart."""
@@ -94,6 +96,7 @@ def rows_of(part: str, about: Row, only: Sequence[str] = ()) -> list[tuple[str, 
         "model": (gpu_decode.decode, [(c, about) for c in wanted(RUNS)]),
         "prefill": (gpu_decode.prefill, [(c,) for c in wanted(PREFILLS)]),
         "generate": (gpu_decode.generate, [(c,) for c in wanted(GENERATES)]),
+        "layers": (gpu_layers.layers, [(c,) for c in wanted(LAYERS)]),
         "start": (gpu_start.start, [(c,) for c in wanted(STARTS)]),
         "breakdown": (gpu_breakdown.breakdown, [(c,) for c in wanted(BREAKDOWNS)]),
     }

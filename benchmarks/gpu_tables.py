@@ -20,7 +20,7 @@ def rows(report: Report, part: str, key: str = "us") -> list[dict[str, Any]]:
 
 def missing(report: Report) -> list[str]:
     """Rows without a time, in words."""
-    timed = {"prefill": "ms", "generate": "share", "start": "warm_s", "breakdown": "groups_us"}
+    timed = {"prefill": "ms", "generate": "share", "start": "warm_s", "breakdown": "groups_us", "layers": "peak_gib"}
     found = []
     for part, part_rows in report.items():
         if isinstance(part_rows, list):
@@ -134,8 +134,15 @@ def start(report: Report) -> list[str]:
     return ["The first call in a process of its own, packing included; caches empty, then those of the process before:", "", *table(["model", "recipe", "head", "cold s", "warm s", "goals"], body)]
 
 
+def layers(report: Report) -> list[str]:
+    """Memory of a model that does not fit."""
+    body = [[r["model"], r["recipe"], r["head"] or "16 bits", *(f"{r[f'{what}_gib']:.1f}" for what in ("bf16", "limit", "peak", "after")), f"{r['ready_s']:.0f}", f"{r['tokens_s']:,.0f}"] for r in rows(report, "layers", "peak_gib")]
+    text = "Models that do not fit in 16 bits, built on the meta device and filled layer by layer (`qcompile.load_weights`); weights are made on the device. GiB, and seconds until the first token:"
+    return [text, "", *table(["model", "recipe", "head", "bf16", "may use", "peak", "after", "seconds", "tokens/s"], body)]
+
+
 TABLES: dict[str, tuple[Callable[[Report], list[str]], str]] = {
-    "model": (model, "us"), "breakdown": (breakdown, "groups_us"), "prefill": (prefill, "ms"), "generate": (generate, "share"), "start": (start, "warm_s"), "moe": (moe, "us"), "lines": (lines, "us"),
+    "model": (model, "us"), "breakdown": (breakdown, "groups_us"), "prefill": (prefill, "ms"), "generate": (generate, "share"), "start": (start, "warm_s"), "layers": (layers, "peak_gib"), "moe": (moe, "us"), "lines": (lines, "us"),
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import gpu  # noqa: E402
 import gpu_breakdown  # noqa: E402
 import gpu_decode  # noqa: E402
 import gpu_floor  # noqa: E402
+import gpu_layers  # noqa: E402
 import gpu_model  # noqa: E402
 import gpu_plots  # noqa: E402
 import gpu_tables  # noqa: E402
@@ -92,7 +93,7 @@ def test_rows_of_each_part(part):
 def test_rows_name_schemes_and_recipes_that_exist():
     for row in cases.RUNS:
         assert row.recipe in cases.BITS and row.head in cases.BITS and row.model in cases.LLAMAS
-    for case in (*cases.BREAKDOWNS, *cases.GENERATES, *cases.STARTS, *cases.PREFILLS, *cases.MOES):
+    for case in (*cases.BREAKDOWNS, *cases.GENERATES, *cases.STARTS, *cases.LAYERS, *cases.PREFILLS, *cases.MOES):
         assert case.recipe == "bf16" or find_recipe(case.recipe)
     for recipe in ("W4A16", "W4A8", "W8A8", "FP8"):
         assert cases.BITS[recipe] == pytest.approx(Scheme.parse(find_recipe(recipe).weight).bits_per_weight((4096, 4096)), abs=0.02)
@@ -132,6 +133,16 @@ def test_a_step_is_repeated_from_the_same_place():
     assert gpu_model.distance(decoder.once(fast), first) < cases.ERRORS[8]
 
 
+@torch.no_grad()
+def test_a_model_is_filled_layer_by_layer():
+    """Of three regions (two layers and the head); its logits are those of their references, and weights are the same whenever they are made."""
+    torch._dynamo.reset()
+    row = gpu_layers.layers(cases.Layers("W4A16", "int4.g128", "tiny", 1, 24), "cpu")
+    assert row["right"] and row["regions"] == 3 and 0 < row["error"] < 0.1 and row["tokens_s"] > 0
+    made = gpu_layers.Made({"a": torch.empty(3, 4), "b": torch.empty(5)}, "cpu")
+    assert torch.equal(made["a"], made["a"]) and made["b"].tolist() == [1] * 5 and list(made) == ["a", "b"]
+
+
 # --- tables and pictures -------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +165,7 @@ def report() -> dict:
         "lines": [{"recipe": line.name, "m": m, "right": True, "us": 20.0, "w8a8_us": 18.0, "ratio": 1.11, "goal": line.goal, "met": True} for line in cases.LINES for m in (1, 16)],
         "prefill": [{"model": "8B", "recipe": recipe, "tokens": 2048, "right": True, "ms": 30.0, "goal_ms": goal, "goal": share} for recipe, goal, share in (("bf16", None, None), ("FP8", 31, None), ("W4A16", None, 1.08))],
         "generate": [{"model": "8B", "recipe": "W4A16", "head": None, "right": True, "tokens_s": 550.0, "by_hand_tokens_s": 600.0, "share": 0.92, "goal": 0.85, "met": True}],
+        "layers": [{"model": "70B", "recipe": "W4A16", "head": None, "right": True, "bf16_gib": 131.4, "limit_gib": 48.0, "peak_gib": 39.5, "after_gib": 36.25, "ready_s": 61.2, "tokens_s": 71.0}],
         "start": [{"model": "8B", "recipe": "W4A16", "head": None, "right": True, "cold_s": 50.0, "warm_s": 13.0, "cold_goal": 60, "warm_goal": 12, "met": False}],
     }
 
@@ -168,6 +180,7 @@ def test_tables():
         "| 8B | W4A16 | 2048 | 30.0 | <= 32.4 (met) | 1.00 |",
         "| 8B | W4A16 | 16 bits | 550 | 600 | 92% | 85% (met) |",
         "| 8B | W4A16 | 16 bits | 50.0 | 13.0 | 60 / 12 (missed) |",
+        "| 70B | W4A16 | 16 bits | 131.4 | 48.0 | 39.5 | 36.2 | 61 | 71 |",
         "Not measured: model: 8B W8A8 1 128 was wrong, and not timed; model: Run FP8: OutOfMemoryError: no / room.",
     ):
         assert line in text, line
@@ -208,7 +221,7 @@ def test_unknown_parts_are_refused(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--case", "FP8 W8A8"], "unknown cases 'FP8 W8A8' of breakdown, model, prefill, linear, moe, lines, generate, start, shapes; there are bf16, W4A16, W8A8, "),
+        (["--case", "FP8 W8A8"], "unknown cases 'FP8 W8A8' of breakdown, model, prefill, linear, moe, lines, generate, start, layers, shapes; there are bf16, W4A16, W8A8, "),
         (["--parts", "moe", "linear", "--case", "W8A8", "W8A9", "FP9"], "unknown cases 'FP9', 'W8A9' of moe, linear; there are W4A16, W8A8, FP8, W8A16, W4A8, NF4, "),
         (["--parts", "moe", "--case", "NF4"], "unknown cases 'NF4' of moe; there are W4A16, W8A8, FP8, W8A16, each"),
         (["--parts", "shapes", "--case", "NF4"], "unknown cases 'NF4' of shapes; there are W4A8, W4A16, W8A8, FP8, each"),
