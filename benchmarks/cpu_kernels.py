@@ -4,7 +4,8 @@ Every instruction set and thread count runs in a process of its own, torch's own
 fbgemm, which knows no such switch and uses VNNI where there is any: its avx2 rows flatter it). All candidates of a row take turns, so
 that a busy machine hurts them alike; each is called twice to warm its weight, then timed once. The table shows the fastest turn (on a
 shared machine the one statistic that others do not move much); the JSON also has the medians, the CPU's name and the load before.
-`int8` is the kernel alone; `quantize+int8` and `fbgemm` start from float x. `g128`: 128 columns per scale, else one scale per row.
+`W8A8` is what the backend makes of an nn.Linear, a call of the compiled module from float x to float y; `fbgemm` starts from float x, too, and takes one scale and 7 bits for all of it. `int8` is the kernel
+alone. `g128`: 128 columns per scale, else one scale per row.
 """
 
 import argparse
@@ -39,16 +40,17 @@ def candidates(m: int, n: int, k: int) -> dict:
     onednn = torch.ops.onednn.qlinear_prepack(wq.t(), [m, k])
     zeros, unsigned = torch.zeros(n, dtype=torch.int), (xq.int() + 128).to(torch.uint8)
 
-    def quantized():
-        scale = x.abs().amax(1) / 127
-        return cpu.int8_linear((x / scale[:, None]).round_().to(torch.int8), scale, wq, row)
+    linear = torch.nn.Linear(k, n, bias=False).eval()
+    linear.weight.data = w
+    torch.compiler.reset()
+    fast = torch.compile(linear, backend="qcompile", dynamic=False, options={"recipe": "W8A8"})
 
     return {
         "fp32": lambda: F.linear(x, w),
         "fbgemm": lambda: torch.ops.quantized.linear_dynamic(x, fbgemm, True),
         "onednn": lambda: torch.ops.onednn.qlinear_pointwise(unsigned, 0.1, 128, onednn, row[:, 0], zeros, None, 1.0, 0, torch.float32, "none", [], ""),
         "_int_mm": lambda: torch._int_mm(xq, wq.t()),
-        "quantize+int8": quantized,
+        "W8A8": lambda: fast(x),
         "int8": lambda: cpu.int8_linear(xq, sx, wq, row),
         "int8 g128": lambda: cpu.int8_linear(xq, sx, wq, grouped, 128),
         "int4 x int8": lambda: cpu.int4_int8_linear(xq, sx, packed, row),
