@@ -134,6 +134,13 @@ def linear(recipe: str, *rows: int, of: dict = H200, key: str = "us", digits: in
     return [f"{found[m]:g}" if key == "goal_us" else f"{found[m]:.{digits}f}" for m in rows]
 
 
+def test_the_cpus_int8_beside_fbgemm():
+    report = json.loads((RESULTS / "cpu" / "kernels_avx512_vnni_2.json").read_text())
+    rows = {row["m"]: row["median"] for row in report["results"] if (row["n"], row["k"]) == (4096, 11008)}
+    said = numbers("A linear of # x # with #, # and # rows (# threads, AVX-512 VNNI) takes #, # and # ms compiled, #, # and # by fbgemm, and #, # and # in fp32.")
+    assert said == ["4096", "11008", "1", "64", "512", str(report["threads"]), *(f"{rows[m][name]:.1f}" for name in ("W8A8", "fbgemm", "fp32") for m in (1, 64, 512))]
+
+
 def test_what_bounds_the_goals_that_were_missed():
     """Of the H200 where no card is named."""
     wide = ("W4A16", "W8A16", "FP8")
