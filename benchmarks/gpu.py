@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,6 +36,7 @@ import gpu_moe
 import gpu_start
 import torch
 from cases import BREAKDOWNS, GENERATES, GPU_CASES, GPU_SHAPES, LAYERS, LINES, MOES, PREFILLS, ROWS, RUNS, SHAPE, STARTS
+from revision import commit
 from tune import graphed
 
 import qcompile
@@ -47,12 +46,6 @@ PARTS = ("breakdown", "model", "prefill", "linear", "moe", "lines", "generate", 
 Row = dict[str, Any]
 NAMES = ("recipe", "model", "what", "head", "batch", "context", "tokens", "layers", "m", "n", "k")
 """What tells the rows of a part apart."""
-
-
-def commit() -> str:
-    """The commit at hand."""
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False)
-    return os.environ.get("QCOMPILE_COMMIT") or asked.stdout.strip() or "unknown"
 
 
 def put(rows: list[Row], row: Row) -> None:

@@ -1,9 +1,10 @@
-"""Try every architecture of the installed transformers: `python benchmarks/sweep.py [type ...] [--resume [--again STATUS ...]] [--minutes N]` -> `results/cpu/sweep.json`, which `readme_tables.py sweep` sums up for the README.
+"""Try every architecture of the installed transformers: `python benchmarks/sweep.py [type ...] [--resume [--again STATUS ...] [--stale]] [--minutes N]` -> `results/cpu/sweep.json`, which `readme_tables.py sweep` sums up for the README.
 
 Each model type of transformers' AutoModel tables is built tiny and random (`sweep_models.py` shrinks its configuration by the names of its fields), run in eager, and compiled under W8A8. Its output must be as
 near to eager's as rounding its weights lets it be. What eager multiplies by is seen by a dispatch mode, not by qcompile: every parameter among that is either quantized or reported with a reason.
 
-A worker process does the work, so that none can hang or end the sweep; it starts anew after a crash, a timeout, and every fifty models. With `--resume`, types that the file has are kept.
+A worker process does the work, so that none can hang or end the sweep; it starts anew after a crash, a timeout, and every fifty models. With `--resume`, types that the file has are kept, but for
+those of other commits under `--stale`: a row says of which commit it is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import sweep_models as models
 import torch
+from revision import commit
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -259,11 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.add_argument("types", nargs="*", help="model types to try (default: all)")
     cli.add_argument("--resume", action="store_true", help="keep the rows that the file has, try the others")
     cli.add_argument("--again", nargs="*", default=[], metavar="STATUS", help="with --resume: try those rows again that have one of these")
+    cli.add_argument("--stale", action="store_true", help="with --resume: try rows again that are not of the commit at hand")
     cli.add_argument("--minutes", type=float, default=1e9, help="start nothing new after so long")
     given = cli.parse_args(arguments)
     everything = models.kinds()
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and (given.resume or given.types) else {}
-    wanted = given.types or [kind for kind in everything if kind not in rows or rows[kind]["status"] in given.again]
+    at = commit()
+    wanted = given.types or [kind for kind in everything if kind not in rows or rows[kind]["status"] in given.again or (given.stale and rows[kind].get("commit") != at)]
     start, worker = time.monotonic(), None
     with Progress() as progress:
         task = progress.add_task("models", total=len(wanted))
@@ -274,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if worker is not None:
                     worker.stop()
                 worker = Worker()
-            rows[kind] = worker.ask(kind)
+            rows[kind] = worker.ask(kind) | {"commit": at}
             save(rows, everything)
             progress.update(task, advance=1, description=f"{kind}: {rows[kind]['status']}")
     if worker is not None:
