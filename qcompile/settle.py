@@ -32,7 +32,7 @@ from qcompile.trained import STATE
 from qcompile.weights import TABLE
 
 TRAINED = "range as it was trained"
-JOINT = "solved on the rows of all experts together: a calibration file does not keep those of each"
+JOINT = "solved on the rows of all experts together: the calibration file has no statistics of each"
 
 
 def settle(gm: fx.GraphModule, inputs: Sequence[Any], options: Any) -> tuple[str, dict[str, Choice]]:
@@ -113,7 +113,7 @@ def _solved(gm: fx.GraphModule, inputs: Sequence[Any], calibration: Calibration,
     spot = place(gm, [s.name for s in sites])
     for member, solution in zip(members, from_statistics(members, seen, lambda v: shared(v, spot), str(calibration))):
         p = inputs[member.site.param.index]
-        if member.weight.dim() == 3 and any(m.name in SOLVERS and SOLVERS[m.name].needs for m in member.choice.methods):
+        if member.weight.dim() == 3 and not seen.experts and any(m.name in SOLVERS and SOLVERS[m.name].needs for m in member.choice.methods):
             solution.notes = (*solution.notes, JOINT)
         keep_codes(solution, member.choice, p)
         TABLE.solve(p, solution_key(member.site, member.choice), solution, member.site.path)

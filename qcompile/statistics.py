@@ -15,7 +15,8 @@ from torch import Tensor
 from qcompile import compat
 from qcompile.core.errors import CalibrationError, QcompileWarning
 from qcompile.core.recipe import Choice
-from qcompile.core.stats import STATISTICS, Stats, from_tensors, to_tensors
+from qcompile.core.stats import STATISTICS, Stats, from_tensors, merge_all, to_tensors
+from qcompile.passes import SOLVERS
 from qcompile.passes.sites import Site
 from qcompile.replay import Call, Group, Unit, as_recorded, rows_of
 from qcompile.sequence import Outcome
@@ -51,9 +52,12 @@ class Calibration:
         return f"calibration {self._source!r}" if self._source else "the calibration"
 
     def statistics(self, *names: str) -> dict[str, Observed]:
-        """Statistics by site: those that are always taken, those that the recipe needs, and ``names``. Taken on the recorded calls, in as many replays as the memory allows."""
+        """Statistics by site: those that are always taken, those that the recipe needs, and ``names``. Taken on the recorded calls, in as many replays as the memory allows.
+        Raises WeightError where the model, or a parameter of it, is gone and they have not been taken."""
         wanted = dict.fromkeys((*ALWAYS, *names, *(n for u in self._units for c in u.plan.values() if isinstance(c, Choice) for n in (*first_needs(c), *then_needs(c)))))
         if self._units and any(set(wanted) - set(s.stats) for s in self._seen.values() or [Observed({}, 0)]):
+            for unit in self._units:
+                unit.parameters()  # calls are forgotten with the first parameter that is gone, however many are left
             with compat.no_dispatch_modes():
                 self._seen = collect(self._units, tuple(wanted), self._budget)
             self._weights = {s.name: (s.shape, identity(u.parameter(s))) for u in self._units for s in u.sites.values() if s.name in self._seen}
@@ -86,8 +90,10 @@ class Calibration:
         from safetensors.torch import save_file
 
         seen = self.statistics(*names)
-        tensors = {key: t.cpu() for site, one in seen.items() for key, t in to_tensors(one.stats, f"{site}/").items()}
-        about = {"version": VERSION, "tokens": {site: one.tokens for site, one in seen.items()}, "weights": self._weights}
+        parts = {f"{site}/": one for site, one in seen.items()} | {_of_expert(site, e): part for site, one in seen.items() for e, part in enumerate(one.experts)}
+        tensors = {key: t.cpu() for prefix, one in parts.items() for key, t in to_tensors(one.stats, prefix).items()}
+        counts = {site: one.tokens for site, one in seen.items()}
+        about = {"version": VERSION, "tokens": counts, "experts": {site: [part.tokens for part in one.experts] for site, one in seen.items() if one.experts}, "weights": self._weights}
         save_file({k: t.clone() for k, t in tensors.items()}, os.fspath(path), metadata={"qcompile": json.dumps(about)})
 
     @classmethod
@@ -106,20 +112,31 @@ class Calibration:
         if about.get("version") != VERSION:
             raise CalibrationError(f"{os.fspath(path)!r} holds no calibration of this version of qcompile; Calibration.save writes one")
         self = cls(source=os.fspath(path))
-        self._seen = {site: Observed(from_tensors(tensors, f"{site}/"), count) for site, count in about["tokens"].items()}
+        self._seen = {
+            site: Observed(from_tensors(tensors, f"{site}/"), count, [Observed(from_tensors(tensors, _of_expert(site, e)), own) for e, own in enumerate(about.get("experts", {}).get(site, ()))])
+            for site, count in about["tokens"].items()
+        }
         self._weights = {site: (tuple(shape), tuple(known)) for site, (shape, known) in about["weights"].items()}
         return self
 
     def merge(self, other: Calibration) -> Calibration:
         """Both together, as if one had seen all."""
-        from qcompile.core.stats import merge_all
-
         mine, theirs, out = self.statistics(), other.statistics(), Calibration(source=self._source)
         out._weights = {**other._weights, **self._weights}
         for site in {**mine, **theirs}:
             a, b = mine.get(site), theirs.get(site)
-            out._seen[site] = Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) if a and b else (a or b)  # type: ignore[assignment]
+            out._seen[site] = _joined(a, b) if a and b else (a or b)  # type: ignore[assignment]
         return out
+
+
+def _of_expert(site: str, e: int) -> str:
+    """Where the statistics of one of a site's experts lie in a file."""
+    return f"{site}/expert.{e}/"
+
+
+def _joined(a: Observed, b: Observed) -> Observed:
+    parts = [_joined(mine, theirs) for mine, theirs in zip(a.experts, b.experts)] if len(a.experts) == len(b.experts) else ()
+    return Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens, parts)
 
 
 def collect(units: Sequence[Unit], names: Sequence[str], budget: int) -> dict[str, Observed]:
@@ -131,7 +148,8 @@ def collect(units: Sequence[Unit], names: Sequence[str], budget: int) -> dict[st
     size = 0
     for i, stage in enumerate(order):
         unit, group = stage[0]
-        mine = sum(STATISTICS[name].nbytes(unit.sites[group.names[0]].k) for name in names)
+        k, count = unit.sites[group.names[0]].k, _experts(unit, group)
+        mine = sum(STATISTICS[name].nbytes(k) for name in (*names, *(_solving(names) * count if count > 1 else ())))
         if chunks[-1] and size + mine > budget:
             chunks.append([])
             size = 0
@@ -150,9 +168,18 @@ def collect(units: Sequence[Unit], names: Sequence[str], budget: int) -> dict[st
     return seen
 
 
+def _solving(names: Sequence[str]) -> tuple[str, ...]:
+    """Those that solvers ask for, which each expert has of its own rows."""
+    return tuple(name for name in names if any(name in solver.needs for solver in SOLVERS.values()))
+
+
+def _experts(unit: Unit, group: Group) -> int:
+    return max(unit.sites[name].experts for name in group.names)
+
+
 def _watch(names: Sequence[str], unit: Unit, group: Group) -> Watch:
     site = unit.sites[group.names[0]]
-    return Watch(names, site.k, 1, unit.parameter(site).device, ())
+    return Watch(names, site.k, _experts(unit, group), unit.parameter(site).device, _solving(names))
 
 
 def _observe(unit: Unit, call: Call, points: Sequence[tuple[Group, Watch]]) -> None:
@@ -161,7 +188,7 @@ def _observe(unit: Unit, call: Call, points: Sequence[tuple[Group, Watch]]) -> N
         for group, watch in points:
             unit.run(env, at, group.position, None)
             at = group.position
-            watch.take(rows_of(unit, unit.nodes[at], env)[0], None, group.names[0])
+            watch.take(*rows_of(unit, unit.nodes[at], env), group.names[0])
 
 
 __all__ = ["Calibration", "Stats", "collect"]

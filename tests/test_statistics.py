@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 
 import pytest
 import torch
 from calibrated import GPTQ, Mlp, codes, compiled, rows, same_codes, solutions
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small import Stack, close, said
 from tiny_models import tiny
 
 from qcompile.calibrate import KEPT, calibrate
-from qcompile.core.errors import CalibrationError
+from qcompile.core.errors import CalibrationError, WeightError
 from qcompile.statistics import ALWAYS, Calibration, collect
 
 XS = [rows(40, 32, seed=i) for i in range(3)]
@@ -238,10 +240,70 @@ def test_a_file_of_more_linears(tmp_path):
     assert any("has statistics of linears that no live model has: more" in t for t in texts)
 
 
-def test_experts_from_a_file_say_that_they_share_statistics(tmp_path):
+@pytest.mark.parametrize("gone", ["all", "one"])
+def test_a_model_that_is_gone(gone):
+    """Not statistics of no rows: a model is gone when one of its parameters is."""
+    model = Mlp()
+    with said():
+        found = calibrate(compiled(model), XS, progress=False)
+    KEPT.clear()
+    torch._dynamo.reset()
+    if gone == "one":
+        model.b = torch.nn.Linear(1, 1)
+    else:
+        del model
+    gc.collect()
+    with pytest.raises(WeightError, match="that was calibrated no longer exists"):
+        found.statistics()
+
+
+def experts_of(path, inputs, **options):
+    """The codes of the first layer's first stack, solved from a file, and what was said; everything before them keeps 16 bits, so that they see what they saw in the calibration."""
+    twin, _ = tiny("mixtral", experts_implementation="grouped_mm")
+    KEPT.clear()
+    torch._dynamo.reset()
+    with torch.no_grad(), said() as texts:
+        compiled(twin, calibration=str(path), ignore=["re:.*self_attn.*"], **options)(**inputs)
+    return solutions(twin)["model.layers.0.mlp.experts.gate_up_proj"].q.codes, texts
+
+
+def test_experts_from_a_file_have_statistics_of_their_own(tmp_path):
+    """Bit by bit what a calibration solves; two files merged have the rows of both; a file without them says that all share those of all."""
+    model, inputs = tiny("mixtral", experts_implementation="grouped_mm")
+    other = {key: value.flip(0) if torch.is_tensor(value) else value for key, value in inputs.items()}
+    with said():
+        both = calibrate(compiled(model, ignore=["re:.*self_attn.*"]), [inputs, other], progress=False)
+    wanted = solutions(model)["model.layers.0.mlp.experts.gate_up_proj"].q.codes.clone()
+    both.save(tmp_path / "both.safetensors")
+    codes, texts = experts_of(tmp_path / "both.safetensors", inputs)
+    assert torch.equal(codes, wanted) and not [t for t in texts if "together" in t]
+    halves, twins = [], []
+    for batch in (inputs, other):
+        twin, _ = tiny("mixtral", experts_implementation="grouped_mm")
+        KEPT.clear()
+        torch._dynamo.reset()
+        with said():
+            halves.append(calibrate(compiled(twin, ignore=["re:.*self_attn.*"]), [batch], progress=False))
+        twins.append(twin)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    whole, joined = both.statistics()[name], halves[0].merge(halves[1]).statistics()[name]
+    assert len(whole.experts) == len(joined.experts) == 4 and sum(e.tokens for e in whole.experts) == whole.tokens
+    for mine, theirs in zip(whole.experts, joined.experts):
+        assert mine.tokens == theirs.tokens and torch.allclose(mine.stats["hessian"]["sum"], theirs.stats["hessian"]["sum"], rtol=1e-5)
+    halves[0].save(tmp_path / "half.safetensors")
+    assert not torch.equal(experts_of(tmp_path / "half.safetensors", inputs)[0], wanted)
+
+
+def test_experts_from_a_file_of_before_share_statistics(tmp_path):
+    """Of a version that kept none of each: said, by name."""
     model, inputs = tiny("mixtral", experts_implementation="grouped_mm")
     with said():
-        calibrate(compiled(model), [inputs], progress=False).save(tmp_path / "c.safetensors")
+        calibrate(compiled(model), [inputs], progress=False).save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["qcompile"])
+        tensors = {key: file.get_tensor(key) for key in file.keys() if "/expert." not in key}  # noqa: SIM118
+    assert about.pop("experts")
+    save_file(tensors, tmp_path / "c.safetensors", metadata={"qcompile": json.dumps(about)})
     twin, _ = tiny("mixtral", experts_implementation="grouped_mm")
     torch._dynamo.reset()
     with torch.no_grad(), said() as texts:
