@@ -105,7 +105,7 @@ def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "",
     return assign(t, scale, zero, scheme, x.shape, name, scale_dtype)
 
 
-PIECE = 2**24
+PIECE = 2**22
 """Elements that are quantized at a time where rows do not depend on each other: what is computed in float32 on the way is several times as large as a weight of 16 bits."""
 
 
