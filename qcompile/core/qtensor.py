@@ -115,13 +115,20 @@ def by_rows(scheme: Scheme) -> bool:
 
 
 def _in_pieces(x: Tensor, scheme: Scheme, rule: str, name: str, scale_dtype: torch.dtype | None) -> QTensor:
-    """``quantize`` along the first axis, bit for bit the same."""
+    """``quantize`` along the first axis, bit for bit the same; pieces go to their place as they are made."""
+    whole: list[Tensor] = []
+    at = 0
     try:
-        parts = [quantize(part, scheme, rule=rule, name=name, scale_dtype=scale_dtype) for part in x.split(max(1, PIECE * len(x) // x.numel()))]
+        for rows in x.split(max(1, PIECE * len(x) // x.numel())):
+            parts = quantize(rows, scheme, rule=rule, name=name, scale_dtype=scale_dtype).flatten()
+            whole = whole or [part.new_empty((len(x), *part.shape[1:])) for part in parts]
+            for tensor, part in zip(whole, parts, strict=True):
+                tensor[at : at + len(rows)] = part
+            at += len(rows)
     except WeightError:
         _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")  # names the place in all of it
         raise
-    return QTensor.unflatten([torch.cat(tensors) for tensors in zip(*(part.flatten() for part in parts), strict=True)], scheme, parts[0].k)
+    return QTensor.unflatten(whole, scheme, x.shape[-1])
 
 
 def _on_codebooks(x: Tensor, scheme: Scheme, rule: str, name: str, scale_dtype: torch.dtype | None) -> QTensor:
