@@ -270,11 +270,12 @@ def running(kind: str) -> Running:
     for name in class_names(kind):
         before: list[str] = []
         for how, head in WAYS.items():
-            if head and before and before.count(before[-1]) >= 3:
+            stuck = bool(before) and before.count(before[-1]) >= 3
+            if head and stuck:
                 continue  # no question of sizes
             config = default if how == "nothing" else shrink(default, head)
             for own in (False, True) if head else (False,):
-                found = attempt(name, config, head is not None, own)
+                found = attempt(name, config, head is not None, own, LIMIT // 2 if stuck else LIMIT)
                 if isinstance(found, Running):
                     return replace(found, how=how)
                 if "not finite" not in found:
@@ -286,13 +287,13 @@ def running(kind: str) -> Running:
     raise NotBuilt(why[0])
 
 
-def attempt(name: str, config: Any, shrunk: bool, own: bool) -> Running | str:
-    """A model that runs, or why there is none."""
+def attempt(name: str, config: Any, shrunk: bool, own: bool, limit: int) -> Running | str:
+    """A model of at most so many bytes that runs, or why there is none."""
     import transformers
     from sweep_inputs import runs
 
     try:
-        model = build(getattr(transformers, name), config, shrunk, own)
+        model = build(getattr(transformers, name), config, shrunk, own, limit)
     except TooLarge as error:
         return f"too large: {error}"
     except Exception as error:
@@ -302,7 +303,7 @@ def attempt(name: str, config: Any, shrunk: bool, own: bool) -> Running | str:
 
 
 @torch.no_grad()
-def build(model_class: Any, config: Any, shrunk: bool, own: bool) -> nn.Module:
+def build(model_class: Any, config: Any, shrunk: bool, own: bool, limit: int) -> nn.Module:
     """In eval mode, with weights of which none is zero or one, or the model's ``own``, for those in which these overflow."""
     size = 0
     try:
@@ -311,12 +312,12 @@ def build(model_class: Any, config: Any, shrunk: bool, own: bool) -> nn.Module:
     except Exception:
         if not shrunk:
             raise
-    if size > LIMIT:
-        raise TooLarge(f"{size / LIMIT:.1f} GiB")
+    if size > limit:
+        raise TooLarge(f"{size / 2**30:.1f} GiB")
     torch.manual_seed(0)
     model: nn.Module = model_class(copy.deepcopy(config)).float().eval()
-    if sum(p.nbytes for p in model.parameters()) > LIMIT:
-        raise TooLarge(f"{sum(p.nbytes for p in model.parameters()) / LIMIT:.1f} GiB")
+    if sum(p.nbytes for p in model.parameters()) > limit:
+        raise TooLarge(f"{sum(p.nbytes for p in model.parameters()) / 2**30:.1f} GiB")
     for p in () if own else model.parameters():
         if p.dim() >= 2:
             p.normal_(0, min(0.1, max(1, p[0].numel()) ** -0.5))
