@@ -101,8 +101,7 @@ def quantize(x: Tensor, scheme: Scheme, *, rule: str = "absmax", name: str = "",
         return _in_pieces(x, scheme, rule, name, scale_dtype)
     _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")
     t = tile(x.detach().float(), scheme.extent(*x.shape[-2:]))
-    scale, zero = RANGES[rule](t, scheme, (-3, -1))
-    return assign(t, scale, zero, scheme, x.shape, name, scale_dtype)
+    return assign(t, *RANGES[rule](t, scheme, (-3, -1)), scheme, x.shape, name, scale_dtype)
 
 
 PIECE = 2**22
@@ -117,14 +116,12 @@ def by_rows(scheme: Scheme) -> bool:
 def _in_pieces(x: Tensor, scheme: Scheme, rule: str, name: str, scale_dtype: torch.dtype | None) -> QTensor:
     """``quantize`` along the first axis, bit for bit the same; pieces go to their place as they are made."""
     whole: list[Tensor] = []
-    at = 0
     try:
-        for rows in x.split(max(1, PIECE * len(x) // x.numel())):
-            parts = quantize(rows, scheme, rule=rule, name=name, scale_dtype=scale_dtype).flatten()
+        for at in range(0, len(x), step := max(1, PIECE * len(x) // x.numel())):
+            parts = quantize(x[at : at + step], scheme, rule=rule, name=name, scale_dtype=scale_dtype).flatten()
             whole = whole or [part.new_empty((len(x), *part.shape[1:])) for part in parts]
             for tensor, part in zip(whole, parts, strict=True):
-                tensor[at : at + len(rows)] = part
-            at += len(rows)
+                tensor[at : at + step] = part
     except WeightError:
         _check(x, scheme, f"parameter {name or '(unnamed)'} of shape {tuple(x.shape)}")  # names the place in all of it
         raise
