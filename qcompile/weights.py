@@ -41,7 +41,7 @@ def fingerprint(p: Tensor) -> tuple[object, ...]:
     first = second = 0
     with compat.no_dispatch_modes(), torch.no_grad():
         rows = p.detach().reshape(1, -1) if p.dim() < 2 else p.detach().flatten(0, -2)
-        for start in range(0, rows.shape[0], step := max(1, (1 << 22) // max(rows.shape[1], 1))):
+        for start in range(0, rows.shape[0], step := max(1, (1 << 24) // max(rows.shape[1], 1))):
             part = rows[start : start + step].contiguous().view(bits).to(torch.int64)
             first += int(part.sum())
             second += int((part * torch.arange(1 + start, 1 + start + part.numel(), device=p.device).view_as(part)).sum())
