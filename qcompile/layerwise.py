@@ -42,19 +42,17 @@ def load_weights(
     if callable(tie := getattr(model, "tie_weights", None)):
         tie()  # of transformers: making parameters on the meta device may have parted them
     reader = Reader(source, torch.get_default_device() if device is None else torch.device(device), dtype)
-    places = _places(model)
-    for names, where in places.values():
-        reader.check(names, *where[0])
-    if unexpected := reader.names() - {name for name, _ in _named(model)}:
+    places = [(reader.find(names, *where[0]), where) for names, where in _places(model)]
+    if unexpected := reader.names - {name for name, _ in _named(model)}:
         warnings.warn(f"qcompile: {len(unexpected)} tensors of the source have no place in the model: {', '.join(sorted(unexpected)[:5])}{' ...' if len(unexpected) > 5 else ''}", QcompileWarning, stacklevel=2)
     inside = {name: {id(m) for m in layer.modules()} for name, layer in found.items()}
-    waiting: dict[str, list[tuple[list[str], list[Place]]]] = {name: [] for name in found}
-    for names, where in places.values():
+    waiting: dict[str, list[tuple[str, list[Place]]]] = {name: [] for name in found}
+    for key, where in places:
         owner = next((region for region, modules in inside.items() if all(id(m) in modules for m, _ in where)), None)
         if owner is None:
-            reader.fill(names, where)
+            reader.fill(key, where)
         else:
-            waiting[owner].append((names, where))
+            waiting[owner].append((key, where))
     compat.room_for(len(found))
     lock = threading.Lock()
     for name, layer in found.items():
@@ -70,8 +68,8 @@ def load_weights(
 def _filler(reader: Reader, waiting: dict[str, Any], name: str, lock: threading.Lock) -> Callable[[], None]:
     def fill() -> None:
         with lock:
-            for names, where in waiting.get(name, ()):
-                reader.fill(names, where)
+            for key, where in waiting.get(name, ()):
+                reader.fill(key, where)
             waiting.pop(name, None)
             if not any(waiting.values()):
                 reader.close()
@@ -116,15 +114,15 @@ def _repeated(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Place]]:
-    """Every name of every parameter and persistent buffer, tied ones under each of theirs; then the other buffers."""
+    """Every name of every parameter and buffer, tied ones under each of theirs."""
     for path, module in model.named_modules():
         for name in (*module._parameters, *module._buffers):
             if getattr(module, name) is not None:
                 yield f"{path}.{name}" if path else name, (module, name)
 
 
-def _places(model: nn.Module) -> dict[int, tuple[list[str], list[Place]]]:
-    """What is on the meta device: its names and where it lies, by id."""
+def _places(model: nn.Module) -> list[tuple[list[str], list[Place]]]:
+    """What is on the meta device: its names and where it lies."""
     found: dict[int, tuple[list[str], list[Place]]] = {}
     for full, (module, name) in _named(model):
         value = getattr(module, name)
@@ -135,7 +133,7 @@ def _places(model: nn.Module) -> dict[int, tuple[list[str], list[Place]]]:
         names, where = found.setdefault(id(value), ([], []))
         names.append(full)
         where.append((module, name))
-    return found
+    return list(found.values())
 
 
 class Reader:
@@ -152,26 +150,23 @@ class Reader:
 
             file = self._stack.enter_context(safe_open(path, "pt", device=str(device)))
             self._files |= dict.fromkeys(file.keys(), file)
+        self.names = {*self._tensors, *self._files}
 
-    def names(self) -> set[str]:
-        return {*self._tensors, *self._files}
-
-    def check(self, names: Sequence[str], module: nn.Module, name: str) -> None:
-        """WeightError where there is no such tensor, or one of another shape."""
-        known = self.names()
-        key = next((n for n in names if n in known), None)
+    def find(self, names: Sequence[str], module: nn.Module, name: str) -> str:
+        """The one of a parameter's names that there is a tensor of. WeightError where there is none, or it has another shape."""
+        key = next((n for n in names if n in self.names), None)
         if key is None:
-            near = get_close_matches(names[0], known, 3)
-            raise WeightError(f"{self.about} has no tensor {' or '.join(names)}{'; it has ' + ', '.join(near) if near else f' among its {len(known)}'}")
-        shape = tuple(self._tensors[key].shape) if key in self._tensors else tuple(self._files[key].get_slice(key).get_shape())
-        wanted = tuple(getattr(module, name).shape)
+            near = get_close_matches(names[0], self.names, 3)
+            raise WeightError(f"{self.about} has no tensor {' or '.join(names)}{'; it has ' + ', '.join(near) if near else f' among its {len(self.names)}'}")
+        shape = list(self._files[key].get_slice(key).get_shape() if key in self._files else self._tensors[key].shape)
+        wanted = list(getattr(module, name).shape)
         if shape != wanted:
-            raise WeightError(f"{key} is {list(wanted)} in the model, and {list(shape)} in {self.about}")
+            raise WeightError(f"{key} is {wanted} in the model, and {shape} in {self.about}")
+        return key
 
-    def fill(self, names: Sequence[str], where: Sequence[Place]) -> None:
+    def fill(self, key: str, where: Sequence[Place]) -> None:
         """Put one tensor in all its places."""
-        key = next(n for n in names if n in self._tensors or n in self._files)
-        value = self._tensors[key] if key in self._tensors else self._files[key].get_tensor(key)
+        value = self._files[key].get_tensor(key) if key in self._files else self._tensors[key]
         dtype = self.dtype if self.dtype is not None and value.is_floating_point() else value.dtype
         value = value.detach().to(self.device, dtype)
         parameter = where[0][1] in where[0][0]._parameters

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -89,8 +91,8 @@ def test_one_layer_at_a_time(monkeypatch):
     qcompile.load_weights(model, whole.state_dict(), options={"recipe": "W8A16", **EAGER})
     held, fill = [], Reader.fill
 
-    def spied(self, names, where):
-        fill(self, names, where)
+    def spied(self, key, where):
+        fill(self, key, where)
         layers = sum(p.untyped_storage().nbytes() for p in model.layers.parameters() if not p.is_meta and p.dim() == 2)
         held.append(layers)
 
@@ -128,6 +130,30 @@ def test_sources(tmp_path):
     with torch.no_grad():
         assert model(IDS).dtype == torch.bfloat16 and model.layers[0].up.bias.dtype == torch.bfloat16
     assert not model.layers[0].up.weight.requires_grad
+
+
+def test_a_tensor_is_asked_for_twice():
+    """For its shape, before anything is filled, and for its values: a mapping may read it from somewhere each time."""
+
+    class Read(Mapping):
+        def __init__(self, state):
+            self.state, self.asked = state, Counter()
+
+        def __getitem__(self, name):
+            self.asked[name] += 1
+            return self.state[name]
+
+        def __iter__(self):
+            return iter(self.state)
+
+        def __len__(self):
+            return len(self.state)
+
+    source, model = Read(Net().state_dict()), empty()
+    qcompile.load_weights(model, source, options={"recipe": "W8A16", **EAGER})
+    with torch.no_grad():
+        model(IDS)
+    assert set(source.asked) == set(source.state) and set(source.asked.values()) == {2}
 
 
 def test_tied_across_regions():
@@ -224,10 +250,10 @@ def test_a_layer_that_cannot_be_read_is_read_by_the_next_call(monkeypatch):
     qcompile.load_weights(model, whole.state_dict(), options={"recipe": "W8A16", **EAGER})
     fill = Reader.fill
 
-    def fails(self, names, where):
-        if names == ["layers.1.down.weight"]:
+    def fails(self, key, where):
+        if key == "layers.1.down.weight":
             raise OSError("the disk is away")
-        fill(self, names, where)
+        fill(self, key, where)
 
     monkeypatch.setattr(Reader, "fill", fails)
     with torch.no_grad(), pytest.raises(OSError, match="the disk is away"):
