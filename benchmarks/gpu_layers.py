@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from cases import Layers
+from cases import ERRORS, Layers
 from gpu_decode import allocated, packed_bytes
-from gpu_model import EARLY, Decoder, distance, settle, sizes
+from gpu_model import EARLY, Decoder, config, distance, settle
 from torch import Tensor, nn
 
 import qcompile
@@ -42,9 +42,8 @@ def build(name: str, **other: Any) -> nn.Module:
     """A Llama of that shape of which nothing but buffers exists."""
     import transformers
 
-    config = transformers.LlamaConfig(**{**sizes(name), "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, **other})
     with init_empty_weights():
-        return transformers.LlamaForCausalLM(config).eval()
+        return transformers.LlamaForCausalLM(config(name, **other)).eval()
 
 
 def layers(case: Layers, device: str = "cuda", **other: Any) -> dict[str, Any]:
@@ -73,17 +72,15 @@ def layers(case: Layers, device: str = "cuda", **other: Any) -> dict[str, Any]:
         y = decoder.once(model)
         us = decoder.graph_us(model) if cuda else decoder.eager_us(model, 2)
         for name in names:
-            layer = model.get_submodule(name)
-            layer._compiled_call_impl = None
-            layer.compile(backend="qcompile", dynamic=False, options={**options, "lower": "eager"})
+            model.get_submodule(name).compile(backend="qcompile", dynamic=False, options={**options, "lower": "eager"})
         error = distance(y, decoder.once(model))
     finally:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
     packed = packed_bytes(case.model, case.recipe, case.head, whole, **other)
-    sizes_ = {"bf16_gib": whole, "limit_gib": case.gib * 2**30, "peak_gib": peak, "after_gib": after, "packed_gib": packed}
-    right = error < 0.1 and bool(y.isfinite().all())
+    sizes = {"bf16_gib": whole, "limit_gib": case.gib * 2**30, "peak_gib": peak, "after_gib": after, "packed_gib": packed}
+    right = error < ERRORS[16] and bool(y.isfinite().all())
     return {
         "model": case.model, "recipe": case.recipe, "head": case.head, "context": case.context, "regions": len(names), "error": round(error, 4), "right": right, "ready_s": round(seconds, 1),
-        **{key: round(value / 2**30, 3) for key, value in sizes_.items()}, "tokens_s": round(1e6 / us, 1), "us": round(us, 1), "met": right and peak < whole,
+        **{key: round(value / 2**30, 3) for key, value in sizes.items()}, "tokens_s": round(1e6 / us, 1), "us": round(us, 1), "met": right and peak < whole,
     }  # fmt: skip

@@ -19,17 +19,24 @@ STEPS = 8
 """Steps in one CUDA graph."""
 
 
+def config(name: str, **other: Any) -> Any:
+    """transformers' configuration of that shape in ``cases.LLAMAS``; ``other`` replaces sizes."""
+    import transformers
+
+    return transformers.LlamaConfig(**{**sizes(name), "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, **other})
+
+
 def build(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **other: Any) -> nn.Module:
     """The model of that shape in ``cases.LLAMAS``, its weights made on the device. ``other`` replaces sizes."""
     import transformers
 
-    config = transformers.LlamaConfig(**{**sizes(name), "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, **other})
+    shape = config(name, **other)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return transformers.LlamaForCausalLM(config).eval()
+            return transformers.LlamaForCausalLM(shape).eval()
     finally:
         torch.set_default_dtype(before)
 

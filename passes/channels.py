@@ -56,11 +56,11 @@ def operands(node: fx.Node, k: int) -> list[fx.Node]:
     if node.target in PRODUCT:
         return args[1:2] if len(args) == 2 else []
     first = node.args[0] if node.args else node.kwargs.get("input")
-    known = node.target in SAME | POSITIVE | VIEW or (node.target in DIV and not node.kwargs) or (node.target in FILL and zero_fill(node))
+    known = node.target in SAME | POSITIVE | VIEW or (node.target in DIV and not node.kwargs) or (node.target in FILL and _zero_fill(node))
     return [first] if known and isinstance(first, fx.Node) else []
 
 
-def zero_fill(node: fx.Node) -> bool:
+def _zero_fill(node: fx.Node) -> bool:
     """Whether a masked_fill puts in the number zero."""
     value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
     return isinstance(value, (int, float)) and value == 0

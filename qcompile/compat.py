@@ -1,4 +1,4 @@
-"""Every private or version-dependent import of torch, in one place (what concerns Inductor's IR is written in ``compat_ir`` and reached from here). Supported: torch 2.11 to 2.13.
+"""Every private or version-dependent import of torch, in one place (what concerns Dynamo and Inductor's IR is written in ``compat_dynamo`` and ``compat_ir``, and reached from here). Supported: torch 2.11 to 2.13.
 
 Nothing else in the package imports ``torch._inductor``, ``torch._dynamo`` internals, ``torch._guards`` or ``torch._functorch``. Heavy modules are imported where they are used,
 so that ``import qcompile`` stays light and works without triton.

@@ -36,7 +36,7 @@ def guard_parameters() -> None:
     """From the guards on that are built next, Dynamo looks at a parameter's dtype, strides and ``requires_grad`` on every call, as it does by itself from torch 2.12 on.
 
     Before, it skips the tensors of a module whose dictionaries have not changed: after ``requires_grad_(True)`` a graph without that gradient ran, after ``p.data = p.data.t()`` one with other
-    strides. A call of a model of 32 layers takes 0.1 ms longer for it, which is what it takes under 2.13.
+    strides. A call takes longer for it, as it does under 2.13.
     """
     from torch._dynamo import config
 

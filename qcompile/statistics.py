@@ -15,13 +15,13 @@ from torch import Tensor
 from qcompile import compat
 from qcompile.core.errors import CalibrationError, QcompileWarning
 from qcompile.core.recipe import Choice
-from qcompile.core.stats import STATISTICS, Stats, from_tensors, merge_all, to_tensors
+from qcompile.core.stats import STATISTICS, Stats, from_tensors, to_tensors
 from qcompile.passes import SOLVERS
 from qcompile.passes.sites import Site
 from qcompile.replay import Call, Group, Unit, as_recorded, rows_of
 from qcompile.sequence import Outcome
 from qcompile.solve import Observed, first_needs, then_needs
-from qcompile.watch import Watch
+from qcompile.watch import Watch, both
 from qcompile.weights import fingerprint
 
 ALWAYS = ("absmax", "minmax", "moments", "histogram")
@@ -125,18 +125,13 @@ class Calibration:
         out._weights = {**other._weights, **self._weights}
         for site in {**mine, **theirs}:
             a, b = mine.get(site), theirs.get(site)
-            out._seen[site] = _joined(a, b) if a and b else (a or b)  # type: ignore[assignment]
+            out._seen[site] = both(a, b) if a and b else (a or b)  # type: ignore[assignment]
         return out
 
 
 def _of_expert(site: str, e: int) -> str:
     """Where the statistics of one of a site's experts lie in a file."""
     return f"{site}/expert.{e}/"
-
-
-def _joined(a: Observed, b: Observed) -> Observed:
-    parts = [_joined(mine, theirs) for mine, theirs in zip(a.experts, b.experts)] if len(a.experts) == len(b.experts) else ()
-    return Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens, parts)
 
 
 def collect(units: Sequence[Unit], names: Sequence[str], budget: int) -> dict[str, Observed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -87,11 +88,13 @@ def _across(seen: Observed, error: str) -> Observed:
     gathered = everyone(error or seen.to("cpu"))
     if errors := [f"process {rank}: {found}" for rank, found in enumerate(gathered) if isinstance(found, str)]:
         raise CalibrationError("; ".join(errors))
-    whole, *others = gathered
-    for other in others:
-        parts = [Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens) for a, b in zip(whole.experts, other.experts)]
-        whole = Observed(merge_all(whole.stats, other.stats), whole.tokens + other.tokens, parts)
-    return whole.to(device)
+    return functools.reduce(both, gathered).to(device)
+
+
+def both(a: Observed, b: Observed) -> Observed:
+    """As if one had seen all; experts apart where both have them."""
+    parts = [both(mine, theirs) for mine, theirs in zip(a.experts, b.experts)] if len(a.experts) == len(b.experts) else ()
+    return Observed(merge_all(a.stats, b.stats), a.tokens + b.tokens, parts)
 
 
 def measured(member: Member, solution: Solution, rows: Tensor, routes: Tensor | None) -> float | None:
