@@ -15,6 +15,7 @@ from gpu_model import EARLY, Decoder, config, distance, settle
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.compat import compile_in_place
 
 
 class Made(Mapping[str, Tensor]):
@@ -72,7 +73,7 @@ def layers(case: Layers, device: str = "cuda", **other: Any) -> dict[str, Any]:
         y = decoder.once(model)
         us = decoder.graph_us(model) if cuda else decoder.eager_us(model, 2)
         for name in names:
-            model.get_submodule(name).compile(backend="qcompile", dynamic=False, options={**options, "lower": "eager"})
+            compile_in_place([model.get_submodule(name)], backend="qcompile", dynamic=False, options={**options, "lower": "eager"})
         error = distance(y, decoder.once(model))
     finally:
         if cuda:

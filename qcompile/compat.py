@@ -18,6 +18,7 @@ from qcompile.compat_dist import all_reduce, gathered, shard_of, shard_state, wo
 from qcompile.compat_dynamo import (  # noqa: F401
     at_recompile_limit,
     backend_name,
+    compile_in_place,
     compiling,
     compiling_for,
     dynamo_is_off,
@@ -27,7 +28,6 @@ from qcompile.compat_dynamo import (  # noqa: F401
     original,
     recompile_limit,
     reset_code,
-    room_for,
 )
 from qcompile.compat_ir import (  # noqa: F401  (one door for all that is private)
     at_most,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -86,13 +88,6 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
-def room_for(graphs: int) -> None:
-    """Let Dynamo keep so many graphs more of one function than it does by default: modules compiled by ``nn.Module.compile`` are all one function to it."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 8 + graphs)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 256 + graphs)
-
-
 def at_recompile_limit(functions: Iterable[Any], more: int = 0) -> list[str]:
     """Names of functions (or code objects) for which Dynamo holds as many graphs as it may, or will with ``more``: a call that needs another one runs eagerly."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
@@ -110,8 +105,24 @@ def dynamo_is_off() -> str | None:
     return "TORCHDYNAMO_DISABLE is set" if config.disable else f"torch.compiler.set_stance({stance!r}) is active" if stance != "default" else None
 
 
+_COMPILED = itertools.count()
+
+
+def compile_in_place(modules: Iterable[nn.Module], **how: Any) -> None:
+    """Compile each of these in its place, as ``nn.Module.compile`` does, but through one function that is theirs alone: a graph serves all that are alike, and others take no room in what Dynamo keeps
+    of a function. (It keeps eight graphs, and of ``nn.Module.compile`` all modules of a class share them; of torch's own classes it captures nothing that way.)"""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"{call.__name__}_{next(_COMPILED)}")
+    fast = torch.compile(call, **how)
+    for module in modules:
+        module._compiled_call_impl = functools.partial(fast, module)
+
+
 def on_first_call(module: nn.Module, before: Callable[[], None]) -> None:
-    """Run ``before`` ahead of the first call of a module that ``nn.Module.compile`` compiled, outside of what Dynamo captures; ahead of the next one again where it raised."""
+    """Run ``before`` ahead of the first call of a module that ``compile_in_place`` compiled, outside of what Dynamo captures; ahead of the next one again where it raised."""
     compiled: Any = module._compiled_call_impl
 
     def first(*args: Any, **kwargs: Any) -> Any:

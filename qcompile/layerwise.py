@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
@@ -31,7 +32,7 @@ def load_weights(
 
     ``source``: tensors by the names of the model's ``state_dict`` (some of transformers' checkpoints have others), or a safetensors file, or a folder of them. ``device``: where weights go (the default device of torch). ``dtype``: of floating
     weights (as they are stored). ``regions``: names of modules to take in the place of those that are found. ``options`` and ``dynamic`` are those of ``torch.compile``; "release" is on unless it
-    is said otherwise. Filled parameters are frozen (``requires_grad`` False). Dynamo's ``recompile_limit`` is raised by the number of regions: a region beyond it would run eagerly, on released weights.
+    is said otherwise. Filled parameters are frozen (``requires_grad`` False). Layers that are alike share their compiled graphs.
 
     Every name and shape is checked before anything is read. WeightError: a tensor that is missing or has another shape, a meta buffer that no checkpoint holds; OptionError: no such region, or none.
     A region that the model's first call did not reach is told by a warning, and is filled when it is called.
@@ -42,27 +43,43 @@ def load_weights(
     if callable(tie := getattr(model, "tie_weights", None)):
         tie()  # of transformers: making parameters on the meta device may have parted them
     reader = Reader(source, torch.get_default_device() if device is None else torch.device(device), dtype)
-    places = [(reader.find(names, *where[0]), where) for names, where in _places(model)]
+    places = [(*reader.find(names, *where[0]), where) for names, where in _places(model)]
     if unexpected := reader.names - {name for name, _ in _named(model)}:
         warnings.warn(f"qcompile: {len(unexpected)} tensors of the source have no place in the model: {', '.join(sorted(unexpected)[:5])}{' ...' if len(unexpected) > 5 else ''}", QcompileWarning, stacklevel=2)
     inside = {name: {id(m) for m in layer.modules()} for name, layer in found.items()}
     waiting: dict[str, list[tuple[str, list[Place]]]] = {name: [] for name in found}
-    for key, where in places:
+    for key, kind, where in places:
         owner = next((region for region, modules in inside.items() if all(id(m) in modules for m, _ in where)), None)
         if owner is None:
             reader.fill(key, where)
         else:
             waiting[owner].append((key, where))
-    compat.room_for(len(found))
+            _put(where, _own(*where[0]).to(kind))  # a model may look at the dtype of a layer before it calls it
+    alike: dict[Any, list[nn.Module]] = defaultdict(list)
+    for layer in found.values():
+        alike[type(layer), tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())].append(layer)
+    for layers in alike.values():
+        compat.compile_in_place(layers, backend="qcompile", dynamic=dynamic, options={"release": True, **(options or {})})
     lock = threading.Lock()
     for name, layer in found.items():
-        layer.compile(backend="qcompile", dynamic=dynamic, options={"release": True, **(options or {})})
         if waiting[name]:
             compat.on_first_call(layer, _filler(reader, waiting, name, lock))
     if not any(waiting.values()):
         reader.close()
     _tell(model, waiting)
     return list(found)
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    value: Tensor = getattr(module, name)
+    return value.detach()
+
+
+def _put(where: Sequence[Place], value: Tensor) -> None:
+    """One value in all its places, as what stood there: a frozen parameter, or a buffer."""
+    held = nn.Parameter(value, requires_grad=False) if where[0][1] in where[0][0]._parameters else value
+    for module, name in where:
+        setattr(module, name, held)
 
 
 def _filler(reader: Reader, waiting: dict[str, Any], name: str, lock: threading.Lock) -> Callable[[], None]:
@@ -152,27 +169,31 @@ class Reader:
             self._files |= dict.fromkeys(file.keys(), file)
         self.names = {*self._tensors, *self._files}
 
-    def find(self, names: Sequence[str], module: nn.Module, name: str) -> str:
-        """The one of a parameter's names that there is a tensor of. WeightError where there is none, or it has another shape."""
+    def find(self, names: Sequence[str], module: nn.Module, name: str) -> tuple[str, torch.dtype]:
+        """The one of a parameter's names that there is a tensor of, and the dtype that it will have. WeightError where there is none, or it has another shape."""
         key = next((n for n in names if n in self.names), None)
         if key is None:
             near = get_close_matches(names[0], self.names, 3)
             raise WeightError(f"{self.about} has no tensor {' or '.join(names)}{'; it has ' + ', '.join(near) if near else f' among its {len(self.names)}'}")
-        shape = list(self._files[key].get_slice(key).get_shape() if key in self._files else self._tensors[key].shape)
+        if key in self._files:
+            part = self._files[key].get_slice(key)
+            shape = list(part.get_shape())
+            some = part[:0] if shape else self._files[key].get_tensor(key)
+        else:
+            some = self._tensors[key]
+            shape = list(some.shape)
         wanted = list(getattr(module, name).shape)
         if shape != wanted:
             raise WeightError(f"{key} is {wanted} in the model, and {shape} in {self.about}")
-        return key
+        return key, self._dtype(some)
+
+    def _dtype(self, value: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype is not None and value.is_floating_point() else value.dtype
 
     def fill(self, key: str, where: Sequence[Place]) -> None:
         """Put one tensor in all its places."""
         value = self._files[key].get_tensor(key) if key in self._files else self._tensors[key]
-        dtype = self.dtype if self.dtype is not None and value.is_floating_point() else value.dtype
-        value = value.detach().to(self.device, dtype)
-        parameter = where[0][1] in where[0][0]._parameters
-        held = nn.Parameter(value, requires_grad=False) if parameter else value
-        for module, name in where:
-            setattr(module, name, held)
+        _put(where, value.detach().to(self.device, self._dtype(value)))
 
     def close(self) -> None:
         self._stack.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from small import said
+from small import graphs, said
 from tiny_models import tiny
 from torch import nn
 
@@ -103,10 +103,12 @@ def test_one_layer_at_a_time(monkeypatch):
     assert max(held) <= one + 4 * 2 * 4 and len(held) == 4 * 3 + 2  # four layers of two released weights, an element each
     twin = Net(4).eval()
     twin.load_state_dict(whole.state_dict())
-    for layer in (*twin.layers, twin.out):
+    for layer in twin.layers:
         layer.compile(backend="qcompile", options={"recipe": "W8A16", **EAGER})
+    twin.out = torch.compile(twin.out, backend="qcompile", options={"recipe": "W8A16", **EAGER})  # of a linear's own compile() Dynamo captures nothing
     with torch.no_grad():
         assert torch.equal(y, twin(IDS))
+    assert all(is_released(p) for p in (*model.layers.parameters(), model.out.weight) if p.dim() == 2)
     saved = model.state_dict()
     assert all(torch.allclose(saved[n], p, atol=2e-2 * float(p.abs().max())) for n, p in whole.state_dict().items())
 
@@ -156,6 +158,22 @@ def test_a_tensor_is_asked_for_twice():
     assert set(source.asked) == set(source.state) and set(source.asked.values()) == {2}
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["as stored", "as asked"])
+def test_a_model_that_looks_at_a_layer_before_it_calls_it(stored, tmp_path):
+    """A head that casts its input to its weight's dtype, which is that of the values to come; the model itself was described in float32."""
+
+    class Casting(Net):
+        def forward(self, ids):
+            return self.out(self.embed(ids).float().to(self.out.weight.dtype))
+
+    whole, model = Net().to(stored).eval(), empty(Casting)
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    qcompile.load_weights(model, tmp_path, dtype=torch.bfloat16 if stored == torch.float32 else None, regions=["layers.0", "out"], options={"recipe": "W8A16", **EAGER})
+    assert model.out.weight.is_meta and model.out.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model(IDS).dtype == torch.bfloat16
+
+
 def test_tied_across_regions():
     """A parameter that two layers share is outside of both."""
     whole, model = Net().eval(), empty()
@@ -168,8 +186,8 @@ def test_tied_across_regions():
         assert float((model(IDS) - whole(IDS)).abs().max()) < 0.05
 
 
-def test_more_kinds_of_layers_than_dynamo_keeps(monkeypatch):
-    """All compiled modules are one function to Dynamo, which by default keeps eight graphs of it; the ninth would run eagerly, and read released weights."""
+def test_more_kinds_of_layers_than_dynamo_keeps():
+    """Of one function it keeps eight graphs; a layer beyond them would run eagerly, and read released weights."""
 
     class Kinds(nn.Module):
         def __init__(self):
@@ -181,14 +199,24 @@ def test_more_kinds_of_layers_than_dynamo_keeps(monkeypatch):
                 x = layer(x)
             return x
 
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))  # as it was, afterwards
-    whole, model = Kinds().eval(), empty(Kinds)
-    assert len(qcompile.load_weights(model, whole.state_dict(), options={"recipe": "W8A16", **EAGER})) == 12
-    x = torch.randn(3, 32)
-    with torch.no_grad():
-        model(x)
-        assert float((model(x) - whole(x)).norm() / whole(x).norm()) < 0.02
+    assert torch._dynamo.config.recompile_limit == 8
+    whole, models, x = Kinds().eval(), [empty(Kinds) for _ in range(2)], torch.randn(3, 32)
+    for dtype, model in zip((torch.float32, torch.bfloat16), models):
+        assert len(qcompile.load_weights(model, whole.state_dict(), dtype=dtype, options={"recipe": "W8A16", **EAGER})) == 12
+        with torch.no_grad():
+            model(x.to(dtype))
+            assert float((model(x.to(dtype)).float() - whole(x)).norm() / whole(x).norm()) < 0.02
+    assert all(is_released(p) for model in models for p in model.parameters() if p.dim() == 2)
+
+
+def test_layers_that_are_alike_share_a_graph():
+    """Four blocks and a linear: two captures while weights are whole, and two once they are released, whose strides Dynamo guards."""
+    whole, model = Net(4).eval(), empty(lambda: Net(4))
+    qcompile.load_weights(model, whole.state_dict(), options={"recipe": "W8A16", **EAGER})
+    with torch.no_grad(), graphs() as seen:
+        for _ in range(3):
+            model(IDS)
+    assert len(seen) == 15 and len({id(graph.captured) for graph, _ in seen}) == 4
 
 
 def test_named_regions():
