@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from cases import BITS, Generate, Prefill, Run
+from gpu_breakdown import profiled, summary
 from gpu_floor import read_rate
 from gpu_model import EARLY, ROOM, Decoder, build, check, compiled, linear_elements, settle
 from torch import nn
@@ -78,7 +79,8 @@ def decode(run: Run, about: Mapping[str, Any], device: str = "cuda", **other: An
 
 
 def prefill(case: Prefill, device: str = "cuda", repeats: int = 7, **other: Any) -> dict[str, Any]:
-    """One row: milliseconds of one sequence of tokens through all layers, launched from Python, without a cache; the logits of the last position only."""
+    """One row: milliseconds of one sequence of tokens through all layers, launched from Python, without a cache; the logits of the last position only. On a GPU with its kernels, as in a
+    breakdown."""
     torch.compiler.reset()
     model = build(case.model, torch.bfloat16, device, **other)
     ids = torch.randint(0, model.config.vocab_size, (1, case.tokens), device=device)  # type: ignore[union-attr]
@@ -103,7 +105,9 @@ def prefill(case: Prefill, device: str = "cuda", repeats: int = 7, **other: Any)
         settle(ids.device)
         times.append((time.perf_counter() - begin) * 1e3)
     ms = statistics.median(times[1:])
-    return {**row, "ms": round(ms, 2), "goal_ms": case.goal_ms, "goal": case.goal, "met": ms <= case.goal_ms if case.goal_ms else None}
+    row |= {"ms": round(ms, 2), "goal_ms": case.goal_ms, "goal": case.goal, "met": ms <= case.goal_ms if case.goal_ms else None}
+    kernels = profiled(lambda: call(forward), lambda: None, 3) if ids.is_cuda else []
+    return {**row, **(summary(kernels, ms * 1e3, int(model.config.num_hidden_layers)) if kernels else {})}  # type: ignore[union-attr, arg-type]
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
