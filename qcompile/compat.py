@@ -22,6 +22,7 @@ from qcompile.compat_dynamo import (  # noqa: F401
     compiling,
     compiling_for,
     dynamo_is_off,
+    graphs,
     guard_parameters,
     is_wrapper,
     on_first_call,

@@ -90,11 +90,9 @@ def recompile_limit() -> int:
 
 def at_recompile_limit(functions: Iterable[Any], more: int = 0) -> list[str]:
     """Names of functions (or code objects) for which Dynamo holds as many graphs as it may, or will with ``more``: a call that needs another one runs eagerly."""
-    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-
     limit = recompile_limit()
     codes = {code for fn in functions if hasattr(code := getattr(fn, "__code__", fn), "co_qualname")}
-    return sorted(code.co_qualname for code in codes if len(_debug_get_cache_entry_list(code)) + more >= limit)
+    return sorted(code.co_qualname for code in codes if graphs(code) + more >= limit)
 
 
 def dynamo_is_off() -> str | None:
@@ -108,9 +106,16 @@ def dynamo_is_off() -> str | None:
 _COMPILED = itertools.count()
 
 
-def compile_in_place(modules: Iterable[nn.Module], **how: Any) -> None:
+def graphs(code: Any) -> int:
+    """How many graphs Dynamo holds of a code object."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return len(_debug_get_cache_entry_list(code))
+
+
+def compile_in_place(modules: Iterable[nn.Module], **how: Any) -> Any:
     """Compile each of these in its place, as ``nn.Module.compile`` does, but through one function that is theirs alone: a graph serves all that are alike, and others take no room in what Dynamo keeps
-    of a function. (It keeps eight graphs, and of ``nn.Module.compile`` all modules of a class share them; of torch's own classes it captures nothing that way.)"""
+    of a function. (It keeps eight graphs, and of ``nn.Module.compile`` all modules of a class share them; of torch's own classes it captures nothing that way.) Returns the function's code."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
@@ -119,15 +124,19 @@ def compile_in_place(modules: Iterable[nn.Module], **how: Any) -> None:
     fast = torch.compile(call, **how)
     for module in modules:
         module._compiled_call_impl = functools.partial(fast, module)
+    return call.__code__
 
 
 def on_first_call(module: nn.Module, before: Callable[[], None]) -> None:
-    """Run ``before`` ahead of the first call of a module that ``compile_in_place`` compiled, outside of what Dynamo captures; ahead of the next one again where it raised."""
+    """Run ``before`` ahead of the first call of a module that ``compile_in_place`` compiled, outside of what Dynamo captures; ahead of the next one again where it raised. It may compile the module
+    anew."""
     compiled: Any = module._compiled_call_impl
 
     def first(*args: Any, **kwargs: Any) -> Any:
         before()
-        module._compiled_call_impl = compiled
-        return compiled(*args, **kwargs)
+        if module._compiled_call_impl is first:
+            module._compiled_call_impl = compiled
+        now: Any = module._compiled_call_impl
+        return now(*args, **kwargs)
 
     module._compiled_call_impl = first

@@ -32,7 +32,7 @@ def load_weights(
 
     ``source``: tensors by the names of the model's ``state_dict`` (some of transformers' checkpoints have others), or a safetensors file, or a folder of them. ``device``: where weights go (the default device of torch). ``dtype``: of floating
     weights (as they are stored). ``regions``: names of modules to take in the place of those that are found. ``options`` and ``dynamic`` are those of ``torch.compile``; "release" is on unless it
-    is said otherwise. Filled parameters are frozen (``requires_grad`` False). Layers that are alike share their compiled graphs.
+    is said otherwise. Filled parameters are frozen (``requires_grad`` False). Layers that are alike share their compiled graphs where they can.
 
     Every name and shape is checked before anything is read. WeightError: a tensor that is missing or has another shape, a meta buffer that no checkpoint holds; OptionError: no such region, or none.
     A region that the model's first call did not reach is told by a warning, and is filled when it is called.
@@ -58,12 +58,11 @@ def load_weights(
     alike: dict[Any, list[nn.Module]] = defaultdict(list)
     for layer in found.values():
         alike[type(layer), tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())].append(layer)
-    for layers in alike.values():
-        compat.compile_in_place(layers, backend="qcompile", dynamic=dynamic, options={"release": True, **(options or {})})
+    how: dict[str, Any] = {"backend": "qcompile", "dynamic": dynamic, "options": {"release": True, **(options or {})}}
+    shared = {layer: group for layers in alike.values() for group in [Shared(layers, how)] for layer in layers}
     lock = threading.Lock()
     for name, layer in found.items():
-        if waiting[name]:
-            compat.on_first_call(layer, _filler(reader, waiting, name, lock))
+        compat.on_first_call(layer, _first(layer, shared[layer], _filler(reader, waiting, name), lock))
     if not any(waiting.values()):
         reader.close()
     _tell(model, waiting)
@@ -82,14 +81,42 @@ def _put(where: Sequence[Place], value: Tensor) -> None:
         setattr(module, name, held)
 
 
-def _filler(reader: Reader, waiting: dict[str, Any], name: str, lock: threading.Lock) -> Callable[[], None]:
-    def fill() -> None:
+class Shared:
+    """Layers that are alike are compiled as one function: one graph serves them all. Where the first two need one each, for they hold what Dynamo takes for a constant (a cache's layer has a number),
+    so will the others, and it keeps eight of a function: then each has a function to itself."""
+
+    def __init__(self, layers: Sequence[nn.Module], how: Mapping[str, Any]) -> None:
+        self.how, self.called, self.apart = how, list[nn.Module](), False
+        self.code = compat.compile_in_place(layers, **how)
+
+    def enter(self, layer: nn.Module) -> None:
+        """Ahead of this layer's first call."""
+        if not self.apart and len(self.called) > 1 and compat.graphs(self.code) >= len(self.called):
+            self.apart = True
+            for other in self.called[1:]:  # what was captured of them was so before their weights were released: they are captured again in any case
+                compat.compile_in_place([other], **self.how)
+        if self.apart:
+            compat.compile_in_place([layer], **self.how)
+        self.called.append(layer)
+
+
+def _first(layer: nn.Module, shared: Shared, fill: Callable[[], None], lock: threading.Lock) -> Callable[[], None]:
+    def before() -> None:
         with lock:
-            for key, where in waiting.get(name, ()):
-                reader.fill(key, where)
-            waiting.pop(name, None)
-            if not any(waiting.values()):
-                reader.close()
+            fill()
+            if layer not in shared.called:
+                shared.enter(layer)
+
+    return before
+
+
+def _filler(reader: Reader, waiting: dict[str, Any], name: str) -> Callable[[], None]:
+    def fill() -> None:
+        for key, where in waiting.get(name, ()):
+            reader.fill(key, where)
+        waiting.pop(name, None)
+        if not any(waiting.values()):
+            reader.close()
 
     return fill
 

@@ -209,6 +209,36 @@ def test_more_kinds_of_layers_than_dynamo_keeps():
     assert all(is_released(p) for model in models for p in model.parameters() if p.dim() == 2)
 
 
+class Counted(nn.Module):
+    """Blocks that keep something of their own between calls, found by their number, as a cache's layers are."""
+
+    def __init__(self, blocks=12):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        for i, layer in enumerate(self.layers):
+            layer.number = i
+            layer.forward = lambda x, seen, layer=layer: Block.forward(layer, x) + seen[layer.number]
+
+    def forward(self, x, seen):
+        for layer in self.layers:
+            x = layer(x, seen)
+        return x
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_layers_that_dynamo_tells_apart_by_their_number(length):
+    """Twelve graphs, of which it would keep eight of one function: from the third layer on each has a function to itself."""
+    whole, model = Counted().eval(), empty(Counted)
+    with warnings.catch_warnings(), torch.no_grad(), graphs() as seen:
+        warnings.simplefilter("error", QcompileWarning)
+        qcompile.load_weights(model, whole.state_dict(), options={"recipe": "W8A16", **EAGER})
+        for rows in (3, length, 3):
+            x, kept = torch.randn(rows, 32), {i: torch.randn(rows, 32) for i in range(12)}
+            y, exact = model(x, kept), whole(x, kept)
+            assert float((y - exact).norm() / exact.norm()) < 0.02
+    assert len(seen) == 36 and all(is_released(p) for p in model.parameters() if p.dim() == 2)
+
+
 def test_layers_that_are_alike_share_a_graph():
     """Four blocks and a linear: two captures while weights are whole, and two once they are released, whose strides Dynamo guards."""
     whole, model = Net(4).eval(), empty(lambda: Net(4))
