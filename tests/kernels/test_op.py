@@ -161,7 +161,7 @@ def _frozen_grad(args: Args) -> Args:
     return torch.randn(x.shape[0], packed[0].shape[-2]), index, packed, scheme, by_row, x.shape[-1], torch.float32
 EACH = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
 each = pytest.mark.parametrize(("name", "make"), EACH)
-each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] not in ("attention", "outlier_columns", "fp8_product", "fp8_transpose")])
+each_linear = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].case is not None and p.values[0] not in ("attention", "outlier_columns", "quantize", "fp8_product", "fp8_transpose")])
 each_simplified = pytest.mark.parametrize(("name", "make"), [p for p in EACH if OPS[p.values[0]].simplify is not None and not p.values[0].startswith("frozen")])  # those always become the ops of inference
 each_traced = pytest.mark.parametrize(("name", "make"), [p for p in EACH if "grouped" not in p.values[0]])  # that reference reads its index: no trace knows it
 

@@ -10,7 +10,7 @@ import torch
 from qcompile.core import qtensor
 from qcompile.core.formats import FORMATS
 from qcompile.core.scheme import Scheme
-from qcompile.kernels.quantize import fake, reference
+from qcompile.kernels.quantize import OP, Activations, fake, reference, rows
 from qcompile.kernels.scaled_linear import values
 
 INPUTS = [
@@ -114,3 +114,45 @@ def test_16_bit_inputs_are_quantized_in_float32(dtype):
     x = torch.randn(4, 96).to(dtype)
     for got, wanted in zip(reference(x, [], "int8.row"), reference(x.float(), [], "int8.row")):
         assert torch.equal(got, wanted)
+
+
+ROWS = ["int8.row", "int4.row", "e4m3.row", "e5m2.row"]
+
+
+@pytest.mark.parametrize("spelling", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_a_gpu_are_the_references(spelling, dtype):
+    """The same scales, and the same codes but for values that lie between two, at any size of values."""
+    s = Scheme.parse(spelling)
+    for shape in SHAPES:
+        for factor in (1.0, 1e-4, 2.0**12):
+            x = (torch.randn(shape) * factor).to(dtype)
+            (codes, scale), (wanted, wanted_scale) = rows(x, [], spelling), reference(x, [], spelling)
+            assert codes.dtype == wanted.dtype and codes.shape == wanted.shape and torch.equal(scale, wanted_scale)
+            apart = (codes.float() - wanted.float()).abs() > 0
+            assert float(apart.sum()) <= 1 + 0.01 * apart.numel()
+            check_error(x, values(codes, [scale], s), scale, s)
+    for size in (1e-37, 1e37):
+        x = torch.linspace(-size, size, 96)[None]
+        (codes, scale), (wanted, wanted_scale) = rows(x, [], spelling), reference(x, [], spelling)
+        assert torch.equal(scale, wanted_scale) and float((codes.float() != wanted.float()).sum()) <= 1
+
+
+@pytest.mark.parametrize("spelling", ROWS)
+def test_rows_of_a_gpu_that_are_zero_or_not_finite(spelling):
+    x = torch.randn(7, 96)
+    x[1] = 0
+    x[2, 5], x[4, 0], x[5, 95] = float("nan"), float("inf"), -float("inf")
+    y = values(*(lambda codes, scale: (codes, [scale]))(*rows(x, [], spelling)), Scheme.parse(spelling))
+    assert bool((y[1] == 0).all()) and bool(y[[2, 4, 5]].isnan().all()) and bool(y[[0, 3, 6]].isfinite().all())
+
+
+def test_which_are_traced_as_rows():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for spelling in ROWS:
+        assert OP.choose(Activations(gpu, Scheme.parse(spelling), 96))[0] is OP.kernels[0]
+        assert OP.choose(Activations(cpu, Scheme.parse(spelling), 96))[0] is None
+    for spelling in ("int8.row.point", "int8.g32", "e4m3.tensor", "int8.tensor.static", "nf4.row", "e2m1.row"):
+        kernel, reason = OP.choose(Activations(gpu, Scheme.parse(spelling), 96))
+        assert kernel is None and reason is not None and spelling in str(reason)
+    assert OP.choose(Activations(gpu, Scheme.parse("int8.row"), 0))[0] is None
