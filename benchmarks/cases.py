@@ -233,16 +233,18 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Prefill:
-    """All layers of a model on `tokens` tokens of one sequence, logits of the last position. `goal_ms`, or `goal` times bf16's."""
+    """All layers of a model on `tokens` tokens of one sequence, logits of the last position. `goal_ms`, or `goal` times bf16's. `graph`: as a CUDA graph (mode "reduce-overhead"), else every kernel is
+    launched from Python."""
 
     recipe: str
     goal_ms: float | None = None
     goal: float | None = None
     model: str = "8B"
     tokens: int = 2048
+    graph: bool = False
 
 
-PREFILLS = (Prefill("bf16"), Prefill("FP8", 31), Prefill("W8A8", 38), Prefill("W4A16", goal=1.08))
+PREFILLS = tuple(Prefill(recipe, ms, goal, graph=graph) for graph in (False, True) for recipe, ms, goal in (("bf16", None, None), ("FP8", 31, None), ("W8A8", 38, None), ("W4A16", None, 1.08)))
 
 
 @dataclass(frozen=True)

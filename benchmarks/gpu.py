@@ -44,7 +44,7 @@ import qcompile
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("breakdown", "model", "prefill", "linear", "moe", "lines", "generate", "start", "layers", "shapes")
 Row = dict[str, Any]
-NAMES = ("recipe", "model", "what", "head", "batch", "context", "tokens", "layers", "m", "n", "k")
+NAMES = ("recipe", "model", "what", "head", "batch", "context", "tokens", "graph", "layers", "m", "n", "k")
 """What tells the rows of a part apart."""
 
 

@@ -107,7 +107,7 @@ def prefill(report: Report) -> Any:
     """Milliseconds, goals as lines."""
     found = rows(report, "prefill", "ms")
     figure, axis = plots().subplots(figsize=(6, 0.8 + 0.4 * len(found)))
-    bars(axis, [str(r["recipe"]) for r in found], [r["ms"] for r in found], [r["goal_ms"] for r in found], f"{report['machine']['gpu']}: ms of {found[0]['tokens']} tokens, {found[0]['model']}; lines: goals")
+    bars(axis, [r["recipe"] + (", graph" if r.get("graph") else "") for r in found], [r["ms"] for r in found], [r["goal_ms"] for r in found], f"{report['machine']['gpu']}: ms of {found[0]['tokens']} tokens, {found[0]['model']}; lines: goals")
     return figure
 
 

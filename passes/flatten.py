@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .angles import angles
 from .counters import counters
 from .late import late
 from .library import library
@@ -22,13 +23,14 @@ RESHAPES = (VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.de
 
 
 def flatten(graph: fx.Graph) -> None:
-    """Rewrite in place; the graph is left as it was where nothing applies. ``late`` comes before it; then, with casts right behind their products, ``library`` and ``narrow``; last ``counters``."""
+    """Rewrite in place; the graph is left as it was where nothing applies. ``late`` comes before it; then, with casts right behind their products, ``library`` and ``narrow``; last ``angles`` and ``counters``."""
     late(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in RESHAPES and is_product(node.args[0], DENSE):
             _sink(graph, node)
     library(graph)
     narrow(graph)
+    angles(graph)
     counters(graph)
 
 
