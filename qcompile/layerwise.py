@@ -30,7 +30,7 @@ def load_weights(
 ) -> list[str]:
     """Fill what is on the meta device in ``model``, its repeated layers when they are first called, and compile each of them with ``backend="qcompile"``. Returns the names of these regions.
 
-    ``source``: tensors by the names of the model's ``state_dict`` (some of transformers' checkpoints have others), or a safetensors file, or a folder of them. ``device``: where weights go (the default device of torch). ``dtype``: of floating
+    ``source``: tensors by the names of the model's ``state_dict`` (some of transformers' checkpoints have others), or a safetensors file, or a folder of them. ``device``: where weights go (the default device of torch); what is not on the meta device moves there, too, where it is given. ``dtype``: of floating
     weights (as they are stored). ``regions``: names of modules to take in the place of those that are found. ``options`` and ``dynamic`` are those of ``torch.compile``; "release" is on unless it
     is said otherwise. Filled parameters are frozen (``requires_grad`` False). Layers that are alike share their compiled graphs where they can.
 
@@ -42,6 +42,8 @@ def load_weights(
         raise OptionError(f"{type(model).__name__} has no nn.ModuleList and no linear beside it: name the modules to fill one after another, regions=['layers.0', ...]; there are {', '.join(n for n, _ in model.named_children()) or 'none'}")
     if callable(tie := getattr(model, "tie_weights", None)):
         tie()  # of transformers: making parameters on the meta device may have parted them
+    if device is not None:
+        _move(model, torch.device(device))
     reader = Reader(source, torch.get_default_device() if device is None else torch.device(device), dtype)
     places = [(*reader.find(names, *where[0]), where) for names, where in _places(model)]
     if unexpected := reader.names - {name for name, _ in _named(model)}:
@@ -67,6 +69,15 @@ def load_weights(
         reader.close()
     _tell(model, waiting)
     return list(found)
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Buffers that were computed when the model was built (a rotary embedding's frequencies), and all else that has values."""
+    for module in model.modules():
+        held: dict[str, Any] = {**module._parameters, **module._buffers}
+        for name, value in held.items():
+            if value is not None and not value.is_meta:
+                setattr(module, name, nn.Parameter(value.detach().to(device), value.requires_grad) if name in module._parameters else value.to(device))
 
 
 def _own(module: nn.Module, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 import qcompile
 from qcompile.core.errors import OptionError, QcompileWarning, WeightError
-from qcompile.layerwise import Reader
+from qcompile.layerwise import Reader, _move
 from qcompile.memory import is_released
 
 EAGER = {"lower": "eager"}
@@ -237,6 +237,15 @@ def test_layers_that_dynamo_tells_apart_by_their_number(length):
             y, exact = model(x, kept), whole(x, kept)
             assert float((y - exact).norm() / exact.norm()) < 0.02
     assert len(seen) == 36 and all(is_released(p) for p in model.parameters() if p.dim() == 2)
+
+
+def test_buffers_that_have_values_move_with_the_weights():
+    """On a second device ("meta" stands for one that is not here): all of the model is there afterwards, the tensors that were made with it, too."""
+    model = empty(buffers=False)
+    model.layers[1].up.weight = nn.Parameter(torch.randn(64, 32))
+    assert model.shift.device.type == "cpu"
+    _move(model, torch.device("meta"))
+    assert model.shift.is_meta and model.layers[1].up.weight.is_meta
 
 
 def test_layers_that_are_alike_share_a_graph():
