@@ -1,5 +1,5 @@
 """Sines and cosines that several kernels read are computed once. Inductor writes them out in each reader: the rotary embedding's angles again for every head of every layer, and a sine of an angle of any
-size is two hundred instructions of a GPU.
+size is two hundred instructions of a GPU. The angles themselves are products of positions with frequencies, written as matrices with one column and one row: a product of elements, not of a library.
 
 Runs on the post-grad ATen graph: what is to be read (behind a cast and constant factors) is made to own its memory.
 """
@@ -20,6 +20,10 @@ VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unsqueeze.default, ATEN.e
 
 def angles(graph: fx.Graph) -> None:
     """Pin each that two ops or more read; rewrites in place."""
+    for product in (ATEN.mm.default, ATEN.bmm.default):
+        for node in graph.find_nodes(op="call_function", target=product):
+            if node.args[0].meta["val"].shape[-1] == 1:  # (..., M, 1) @ (..., 1, N)
+                node.target = ATEN.mul.Tensor
     for node in list(graph.nodes):
         if node.target in ANGLES:
             last = _last(node)

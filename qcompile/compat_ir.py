@@ -148,6 +148,22 @@ LONGEST = 16384
 """Elements of a row that a reduction keeps in registers, 32 in each of 512 threads."""
 
 
+FEW = 1 << 14
+"""Elements of a kernel that takes as long as it takes to start."""
+
+
+def beside(a: Any, b: Any) -> bool:
+    """Whether two pointwise kernels of as many, few, elements read other parts of one buffer, as the writes of a step's keys and values into their caches do. Inductor fuses what reads the same
+    elements."""
+    if any(node.is_reduction() or node.is_template() or node.is_extern() or node.is_foreach() for node in (a, b)):
+        return False
+    device, size = getattr(a, "group", (None, ()))
+    if device is None or device.type != "cuda" or getattr(b, "group", None) != (device, size):
+        return False
+    count = static_int(size[0])
+    return count is not None and count <= FEW and bool(a.read_writes.buffer_names() & b.read_writes.buffer_names())
+
+
 def whole_rows() -> Any:
     """A context in which reductions over rows of up to ``LONGEST`` elements load them once, in one kernel.
 
@@ -171,6 +187,14 @@ def whole_rows() -> Any:
         def reduction_split_factor(device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
             whole = inner_reduction and reduction_numel_hint <= LONGEST
             return 1 if whole else int(InductorChoices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
+
+        @staticmethod
+        def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score) or beside(node1, node2)
+
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score) or beside(node1, node2)
 
     return V.set_choices_handler(Choices())
 

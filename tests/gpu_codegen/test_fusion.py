@@ -196,6 +196,9 @@ def test_a_step_of_decoding_repeats_no_keys(qcase: QCase, name: str, parts: int)
         compiled(part, combining["name"])
     product = next(i for i, n in enumerate(behind) if n.startswith("triton_tem"))
     assert [n.split("_")[1] for n in behind[:product]] == (["poi"] if apart else ["per"] if name.startswith("W8A8 ") else []), "rows are quantized by a kernel of their own"
+    caches = [kernel(part, n) for n in part["calls"] if "index_copy" in n]
+    assert [row["source"].count("tl.store(") for row in caches] == [2], "keys and values are written by one kernel"
+    assert len(part["externs"]) == 1, "angles are no product of a library; the head is"
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -62,6 +64,21 @@ aten.slice.Tensor arg1_""",
 
 def test_both_are_pinned_behind_their_casts() -> None:
     assert pinned(rotated, torch.randn(1, 6, 16), *heads()) == [("prims.convert_element_type.default", [96, 16, 1])] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_of_one_term_is_one_of_elements(dtype: torch.dtype) -> None:
+    def targets(product: Callable[[Tensor, Tensor], Tensor], *batch: int, k: int) -> list[object]:
+        a, b = torch.randn(*batch, 5, k, dtype=dtype), torch.randn(*batch, k, 7, dtype=dtype)
+        gm = make_fx(product, tracing_mode="fake")(a, b)
+        angles(gm.graph)
+        gm.recompile()
+        assert torch.equal(gm(a, b), product(a, b))
+        return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+    aten = torch.ops.aten
+    assert targets(torch.bmm, 2, k=1) == targets(torch.mm, k=1) == [aten.mul.Tensor]
+    assert targets(torch.bmm, 2, k=2) == [aten.bmm.default] and targets(torch.mm, k=2) == [aten.mm.default]
 
 
 def test_what_has_one_reader_or_is_no_angle_stays() -> None:
