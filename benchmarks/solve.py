@@ -20,6 +20,7 @@ import torch
 import transformers
 from cases import VOCABULARY
 from gpu_model import build
+from revision import commit
 
 import qcompile
 
@@ -91,11 +92,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    rows = []
+    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     for recipe in given.recipe:
         checked = check(recipe)
-        row = measure(recipe, given.layers, given.count, given.length) | {"check_decibels": checked}
-        rows.append(row)
+        row = measure(recipe, given.layers, given.count, given.length) | {"check_decibels": checked, "commit": commit()}
+        rows = [r for r in rows if r["recipe"] != recipe] + [row]
         print(json.dumps(row), flush=True)
         about = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(), "gpu": torch.cuda.get_device_name(), "goals": GOALS}
         given.out.parent.mkdir(parents=True, exist_ok=True)
