@@ -157,10 +157,10 @@ def beside(a: Any, b: Any) -> bool:
     elements."""
     if any(node.is_reduction() or node.is_template() or node.is_extern() or node.is_foreach() for node in (a, b)):
         return False
-    device, size = getattr(a, "group", (None, ()))
-    if device is None or device.type != "cuda" or getattr(b, "group", None) != (device, size):
+    group = getattr(a, "group", None)
+    if group is None or group[0].type != "cuda" or group != getattr(b, "group", None):
         return False
-    count = static_int(size[0])
+    count = static_int(group[1][0])
     return count is not None and count <= FEW and bool(a.read_writes.buffer_names() & b.read_writes.buffer_names())
 
 
