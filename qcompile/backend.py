@@ -73,7 +73,10 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
     records = [TABLE.get(a) for a in example_inputs if isinstance(a, nn.Parameter)]  # looked at, not asked: is_released may collapse one anew, which Dynamo's guards would see
     if (opts.release or any(r is not None and r.released is not None for r in records)) and (full := compat.at_recompile_limit([compat.compiling()], more=1)):
         _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
-    return kind(gm, example_inputs, opts)
+    compiled = kind(gm, example_inputs, opts)
+    if opts.release:
+        compat.any_strides(gm, compiled.unread)  # those of a weight that is given back are others; without it the second call would capture all again
+    return compiled
 
 
 class CompiledGraph:
@@ -114,6 +117,7 @@ class CompiledGraph:
             self._say(message, refused=message != GROUPED)
         stored.unfold(lowered)
         self._kept = kept = self._drop_unread_weights(lowered)
+        self.unread = sorted({*range(len(inputs))} - {*kept})
         self._pin(lowered, inputs)
         self.lowered = lowered
         self._weights = sorted({site.param.index for site in self.sites.values()})  # those that keep 16 bits, too: in another layer a rule may decide otherwise

@@ -16,6 +16,7 @@ from torch import fx
 
 from qcompile.compat_dist import all_reduce, gathered, shard_of, shard_state, world_size  # noqa: F401
 from qcompile.compat_dynamo import (  # noqa: F401
+    any_strides,
     at_recompile_limit,
     backend_name,
     compile_in_place,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 _COMPILING_FOR: list[Any] = []
 
@@ -44,6 +44,16 @@ def guard_parameters() -> None:
 
     if torch.__version__.startswith("2.11."):
         config.skip_tensor_guards_with_matching_dict_tags = config.use_recursive_dict_tags_for_guards = False
+
+
+def any_strides(gm: fx.GraphModule, places: Iterable[int]) -> None:
+    """The guards that Dynamo builds behind the backend's return take the graph's inputs at these places with any strides. Outside of its compilation nothing happens."""
+    with contextlib.suppress(AttributeError):
+        known = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.input_source_to_sizes_strides
+        inputs = gm.graph.find_nodes(op="placeholder")
+        for place in places:
+            if (found := known.get(getattr(inputs[place], "_dynamo_source", None))) is not None:
+                found["stride"] = (None,) * len(found["size"])
 
 
 def is_wrapper(code: Any) -> bool:

@@ -104,7 +104,7 @@ class Shared:
         """Ahead of this layer's first call."""
         if not self.apart and len(self.called) > 1 and compat.graphs(self.code) >= len(self.called):
             self.apart = True
-            for other in self.called[1:]:  # what was captured of them was so before their weights were released: they are captured again in any case
+            for other in self.called[1:]:
                 compat.compile_in_place([other], **self.how)
         if self.apart:
             compat.compile_in_place([layer], **self.how)
