@@ -75,7 +75,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         _warn_once(("limit", *full), f"qcompile: {limit(full)}. Eager calls read released weights, which are NaN")
     compiled = kind(gm, example_inputs, opts)
     if opts.release:
-        compat.any_strides(gm, compiled.unread)  # those of a weight that is given back are others; without it the second call would capture all again
+        compat.any_strides(gm, compiled.unread)  # a weight that is given back has others, for which the next call would capture all again
     return compiled
 
 
@@ -255,7 +255,7 @@ class CompiledGraph:
 
             self._ready(args)
             packed = {arg for slot in self.slots for arg in slot.args}
-            binding = Binding(parameters, self._fetch, forget, [i for i, arg in enumerate(self._weights) if arg in packed])
+            binding = Binding(parameters, self._fetch, forget, [i for i, arg in enumerate(self._weights) if arg in packed], self.options.release)
             binding.get(parameters)
             self._bindings[key] = binding
         return self

@@ -49,7 +49,7 @@ def guard_parameters() -> None:
 def any_strides(gm: fx.GraphModule, places: Iterable[int]) -> None:
     """The guards that Dynamo builds behind the backend's return take the graph's inputs at these places with any strides. Outside of its compilation nothing happens."""
     with contextlib.suppress(AttributeError):
-        known = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.input_source_to_sizes_strides
+        known: dict[Any, Any] = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.input_source_to_sizes_strides
         inputs = gm.graph.find_nodes(op="placeholder")
         for place in places:
             if (found := known.get(getattr(inputs[place], "_dynamo_source", None))) is not None:

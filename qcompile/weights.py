@@ -283,11 +283,12 @@ def given(solution: Solution, what: str, p: Tensor, how: str) -> list[Tensor]:
 
 
 class Binding:
-    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in: of those at the places ``read``. Parameters are held weakly."""
+    """The tensors that one set of live parameters gives one compiled graph, and the state they were taken in: of those at the places ``read``. ``strides``: they are part of it, where Dynamo does not
+    guard them. Parameters are held weakly."""
 
-    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None], read: Sequence[int]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], fetch: Callable[[Sequence[Tensor]], list[Tensor]], on_death: Callable[[], None], read: Sequence[int], strides: bool = False) -> None:
         self._refs = [weakref.ref(p, lambda _: on_death()) for p in parameters]
-        self._fetch, self._read = fetch, read
+        self._fetch, self._read, self._strides = fetch, read, strides
         self._inference = any(p.is_inference() for p in parameters)
         self._gathered = bool(found := watch(parameters))
         for p in found:
@@ -308,4 +309,4 @@ class Binding:
         if self._gathered:
             return [state_of(p) for p in read], GENERATION[0]
         versions = [] if self._inference else [p._version for p in read]
-        return versions, [p.data_ptr() for p in read], GENERATION[0]
+        return versions, [p.data_ptr() for p in read], [p.stride() for p in read] if self._strides else None, GENERATION[0]

@@ -309,6 +309,39 @@ def test_data_after_release(released, x):
         assert close(fast(x), rounded(want)(x), 1e-2)
 
 
+def test_nothing_is_captured_again(x):
+    """Dynamo guards strides, and those of a released weight are others: not of weights that the graph does not read. One graph serves all layers of both models, before and after."""
+    torch._dynamo.reset()
+    models = [Stack(3), Stack(3)]
+    with torch.no_grad(), graphs() as seen:
+        for model in models:
+            for layer in model.layers:
+                layer.compile(backend="qcompile", options=W8 | {"release": True})
+        first = [model(x) for model in models]
+        again = [model(x) for model in models]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert all(is_released(p) for model in models for p in model.parameters() if p.dim() == 2)
+    assert len({id(graph) for graph, _ in seen}) == 1
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_other_strides_are_other_values(release, x):
+    """Given its transpose in the same memory, a packed weight is packed again; for one that the graph reads in 16 bits another graph is captured. The first is held in 16 bits by an embedding's graph."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False))
+    TABLE.record(model[0].weight).pinned.add("another graph reads it")
+    fast = compiled(model, ignore=["2"], release=release)
+    with torch.no_grad(), graphs() as seen:
+        for place in (0, 2):
+            fast(x)
+            model[place].weight.data = model[place].weight.data.t()
+            want = copy.deepcopy(model)
+            want[0] = rounded(nn.Sequential(want[0]))[0]
+            assert close(fast(x), want(x), 1e-2)
+    assert not is_released(model[0].weight)
+    assert len({id(graph) for graph, _ in seen}) == (2 if release else 3)
+
+
 def test_tied_embedding_is_kept():
     model, ids = Tied(), torch.randint(64, (2, 7))
     fast = compiled(model, head="int8.row", release=True)
