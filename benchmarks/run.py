@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from cases import CASES, COLD_GOAL, OVERHEAD_GOAL, QUICK, WARM_GOAL, Case
+from revision import commit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -169,7 +170,7 @@ def _child(plan: Mapping[str, Any], cache: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and what the CPU is; no names of hosts, users or folders."""
+    """Versions and what the CPU is, and which instructions libraries were told to keep to; no names of hosts, users or folders."""
     import transformers
 
     name, flags = platform.machine(), ""
@@ -179,7 +180,8 @@ def machine() -> dict[str, Any]:
     wanted = [flag for flag in flags.split() if flag.startswith(("avx", "fma", "f16c", "amx"))]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "qcompile": qcompile.__version__}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    return {"versions": versions, "cpu": name, "flags": wanted, "threads": torch.get_num_threads(), "load_before": round(load, 2)}
+    told = {name: os.environ[name] for name in ("QCOMPILE_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
+    return {"versions": versions, "commit": commit(), "cpu": name, "flags": wanted, **({"told": told} if told else {}), "threads": torch.get_num_threads(), "load_before": round(load, 2)}
 
 
 def measure(quick: bool, parts: Sequence[str] = PARTS, repeats: int = 3) -> dict[str, Any]:

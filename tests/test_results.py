@@ -23,6 +23,8 @@ def test_cpu():
     latest = read("cpu/run-avx2.json")  # a machine with AVX2 alone, where 64 rows are just short of it
     assert latest["overhead"]["ratio"] + latest["overhead"]["check_share"] < 1.1 and latest["compile"]["cold_ratio"] <= 1.5 and latest["compile"]["warm_beyond"] <= 2.0
     assert all(row["right"] for row in latest["linear"]) and next(row for row in latest["linear"] if (row["recipe"], row["m"]) == ("W8A8", 1))["met"]
+    told = read("cpu/run-avx2-told.json")  # later, and with all told to keep to AVX2 on a machine that has more
+    assert set(told["told"].values()) == {"avx2", "AVX2"} and all(row["met"] for row in told["linear"] if row["goal"]) and all(row["right"] for row in told["linear"])
 
 
 def test_sweep():
