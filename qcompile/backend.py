@@ -153,7 +153,7 @@ class CompiledGraph:
             more["triton.enable_pdl"] = True  # where launches cost the CPU nothing, kernels may begin while the one before ends
         if self.sites and all(site.dtype.itemsize < 4 for site in self.sites.values()):
             more["use_fast_math"] = True  # exp by the GPU's own instruction, less apart than 16 bits show: quantizing the rows behind a SwiGLU is bound by instructions
-        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, self._key())}
+        patches = {"epilogue_fusion_first": True, **more, **self.options.inductor, "post_grad_custom_pre_pass": compat.graph_pass(flatten, self._key() + compat.vector_isa(inputs))}
         if self.captured.meta["creates_state"] and patches.get("triton.cudagraphs"):
             patches["triton.cudagraphs"] = False
             self.notes.append("no CUDA graph for this graph: it makes a cache that outlives the call; the graphs that read the cache have theirs")

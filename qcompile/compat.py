@@ -265,6 +265,16 @@ def on_optimizer_step(fn: Callable[[Iterator[torch.Tensor]], Any]) -> None:
     register_optimizer_step_post_hook(lambda optimizer, *_: fn(p for group in optimizer.param_groups for p in group["params"]) and None)
 
 
+def vector_isa(inputs: Sequence[Any]) -> bytes:
+    """The vector instructions that Inductor writes C++ for, of graphs on a CPU: part of the key to what it compiled before, for its own key lacks them, and code for others writes beyond its outputs.
+    (Folders of caches are carried to other machines.)"""
+    if all(t.device.type != "cpu" for t in inputs if isinstance(t, torch.Tensor)):
+        return b""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return str(pick_vec_isa()).encode()
+
+
 @functools.cache
 def has_cpp_compiler() -> str | None:
     """None where Inductor finds a C++ compiler, else what it said."""

@@ -39,10 +39,10 @@ print(json.dumps(out))
 """
 
 
-def run(folder, *what, model="net"):
+def run(folder, *what, model="net", **environment):
     """One process that compiles these after one another with a private cache; ``model`` "same" has nothing to quantize, so that its graph is the same for all."""
     code = f"import sys; sys.argv = ['', {','.join(what)!r}, {model!r}]\n{CODE}"
-    return json.loads(python(code, TORCHINDUCTOR_CACHE_DIR=str(folder), TORCHINDUCTOR_FX_GRAPH_CACHE="1", TORCHINDUCTOR_AUTOGRAD_CACHE="1").splitlines()[-1])
+    return json.loads(python(code, TORCHINDUCTOR_CACHE_DIR=str(folder), TORCHINDUCTOR_FX_GRAPH_CACHE="1", TORCHINDUCTOR_AUTOGRAD_CACHE="1", **environment).splitlines()[-1])
 
 
 def in_bounds(row):
@@ -84,6 +84,14 @@ def test_one_graph_is_compiled_anew_for_each(tmp_path):
     assert [row["hits"] >= 1 for row in rows] == [False] * 4 + [True] * 2
     assert [row["misses"] >= 1 for row in rows] == [True] * 4 + [False] * 2
     assert all(row["error"] < 1e-6 for row in rows)
+
+
+def test_other_vector_instructions_compile_anew(tmp_path):
+    """Inductor's own key lacks them: a cache from a machine with wider vectors gives code that leaves half of its outputs as they were, one with narrower ones code that writes behind them."""
+    wide = run(tmp_path, "W8A8")
+    narrow = run(tmp_path, "W8A8", "W8A8", ATEN_CPU_CAPABILITY="default")
+    assert [row["hits"] >= 1 for row in (*wide, *narrow)] == [False, False, True]
+    assert all(map(in_bounds, (*wide, *narrow)))
 
 
 @pytest.mark.parametrize("changed", ["core/formats.py", "kernels/linear.py", "kernels/tuned.json", "kernels/cpu/integer.cpp", "passes/flatten.py", "compat_ir.py", "train/optim.py"])
