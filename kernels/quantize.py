@@ -99,10 +99,10 @@ def case_of(x: Tensor, range: Sequence[Tensor], scheme: str) -> Activations:
 
 
 def supports(case: Activations) -> Skip | None:
-    """Dynamic symmetric rows of integers or of a native float."""
+    """Dynamic symmetric rows of signed integers or of a native float."""
     s = case.scheme
-    if s.static or s.group != GROUPS["row"] or s.zero != "none" or not (s.fmt.kind == "int" or s.fmt.native) or not case.k:
-        return Skip(f"{s} is not of dynamic symmetric rows of integers or native floats")
+    if s.static or s.group != GROUPS["row"] or s.zero != "none" or s.fmt.lo >= 0 or not (s.fmt.kind == "int" or s.fmt.native) or not case.k:
+        return Skip(f"{s} is not of dynamic symmetric rows of signed integers or native floats")
     return None
 
 

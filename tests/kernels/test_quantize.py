@@ -152,7 +152,7 @@ def test_which_are_traced_as_rows():
     for spelling in ROWS:
         assert OP.choose(Activations(gpu, Scheme.parse(spelling), 96))[0] is OP.kernels[0]
         assert OP.choose(Activations(cpu, Scheme.parse(spelling), 96))[0] is None
-    for spelling in ("int8.row.point", "int8.g32", "e4m3.tensor", "int8.tensor.static", "nf4.row", "e2m1.row"):
+    for spelling in ("int8.row.point", "uint8.row", "int8.g32", "e4m3.tensor", "int8.tensor.static", "nf4.row", "e2m1.row"):
         kernel, reason = OP.choose(Activations(gpu, Scheme.parse(spelling), 96))
         assert kernel is None and reason is not None and spelling in str(reason)
     assert OP.choose(Activations(gpu, Scheme.parse("int8.row"), 0))[0] is None
