@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import re
+import subprocess
 import tempfile
 import time
 import unittest.mock as mock
@@ -55,6 +56,18 @@ def count(ptx: str, opcode: str) -> int:
     """Instructions whose opcode starts with `opcode`; `*` stands for anything inside it, as in "ld.global*.v4"."""
     pattern = re.escape(opcode).replace(r"\*", r"\S*")
     return len(re.findall(rf"(?m)^\s*(?:\{{\s*)?(?:@!?%\w+\s+)?{pattern}(?=[.\s])", ptx))
+
+
+def machine_instructions(binary: bytes) -> int:
+    """Of the whole kernel, as the disassembler that Triton brings counts them."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"(?m)^\s+/\*[0-9a-f]+\*/\s+[^/]*;", text))
 
 
 def compile_kernels(kernels: Sequence[Kernel], all_configs: bool = False) -> list[Compiled]:

@@ -108,6 +108,16 @@ def chains() -> Parts:
     return parts
 
 
+def long_rows() -> Parts:
+    """SwiGLU of the 8B shape's width, one row and so many that the library multiplies."""
+    parts: Parts = {}
+    for rows in (1, 2048):
+        torch._dynamo.reset()
+        options = {f"{recipe} {rows}": {"recipe": recipe} for recipe in ("W8A8", "FP8")}
+        parts.update(quantized(SwiGLU(64, 14336).eval().to(torch.bfloat16), (bf16(rows, 64),), options))
+    return parts
+
+
 def transformer(name: str, layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
     """A GPT-2, OPT or BERT of transformers, small, in bfloat16, and a prefill without a cache."""
     import transformers

@@ -51,7 +51,7 @@ _server: list[Server] = []
 def isolated(fn_name: str, cases: Path | str = HERE / "cases.py", compile: bool | str = True, timeout: float = 400, **kwargs: Any) -> dict[str, Any]:
     """Run case `fn_name` of file `cases` with JSON-able `kwargs`.
 
-    Returns {"kernels": [{"name", "source", and if `compile`: "config", "cubin_bytes", "shared", "registers", "stack", "spills", "ptx": {opcode: count}, "seconds"}],
+    Returns {"kernels": [{"name", "source", and if `compile`: "config", "cubin_bytes", "instructions", "shared", "registers", "stack", "spills", "ptx": {opcode: count}, "seconds"}],
     "externs", "calls", "graphs", "source", "extra", "seconds": {"codegen", "compile", "total"}}; of a case with several parts {"parts": {name: the same}, "seconds"}.
     `compile` is True, False, or the prefix of the names of the kernels to compile ("triton_tem"); equal kernels of several parts are compiled once.
     """
@@ -150,7 +150,7 @@ def _part(generated: Any, compile: str, done: dict[str, Any]) -> dict[str, Any]:
             fields = dataclasses.asdict(cubin.compile_kernels([kernel])[0])
             ptx, binary = fields.pop("ptx"), fields.pop("cubin")
             del fields["name"]
-            done[key] = {**fields, "cubin_bytes": len(binary), "ptx": {opcode: cubin.count(ptx, opcode) for opcode in cubin.INSTRUCTIONS}}
+            done[key] = {**fields, "cubin_bytes": len(binary), "instructions": cubin.machine_instructions(binary), "ptx": {opcode: cubin.count(ptx, opcode) for opcode in cubin.INSTRUCTIONS}}
         row.update(done[key])
     fields = dataclasses.asdict(generated)
     del fields["sources"]
