@@ -174,7 +174,7 @@ def split(us: float, step: float, host: list[float]) -> dict[str, float]:
 def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16, ROOM), repeats: int = 5, **other: Any) -> dict[str, Any]:
     """One row: tokens a second of ``model.generate``, its prefill taken out by the difference of two lengths, and of a step captured by hand. ``call_us``: of the host, inside the compiled call (the
     GPU goes on behind it); ``loop_us``: what neither that nor the step explains, transformers' own loop, which looks at each token before it goes on."""
-    from transformers import CompileConfig
+    from transformers import CompileConfig, StaticCache
 
     from qcompile.compat import counters
 
@@ -198,10 +198,15 @@ def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16,
         config = CompileConfig(backend="qcompile", mode=None, options={"recipe": case.recipe, "mode": "reduce-overhead", **({"head": case.head} if case.head else {}), **unguarded})
     config._compile_all_devices = not cuda
 
+    kept = StaticCache(config=model.config, max_cache_len=case.prompt + steps[1]) if case.own else None
+
     def seconds(count: int) -> float:
+        if kept is not None:
+            kept.reset()
+        cache = {"cache_implementation": "static"} if kept is None else {"past_key_values": kept}
         settle(ids.device)
         begin = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=count, do_sample=False, cache_implementation="static", compile_config=config, pad_token_id=0)  # type: ignore[operator]
+        out = model.generate(ids, max_new_tokens=count, do_sample=False, compile_config=config, pad_token_id=0, **cache)  # type: ignore[operator]
         settle(ids.device)
         if out.shape[1] != case.prompt + count:
             raise RuntimeError(f"generate stopped after {out.shape[1] - case.prompt} of {count} tokens")
@@ -217,4 +222,4 @@ def generate(case: Generate, device: str = "cuda", steps: tuple[int, int] = (16,
     skips = counters()["inductor"]["cudagraph_skips"]
     numbers = {"tokens_s": round(1e6 / us, 1), "by_hand_tokens_s": round(1e6 / by_hand, 1), "share": round(by_hand / us, 3), **split(us, by_hand, host), "first_token_ms": round((short - (steps[0] - 1) * us / 1e6) * 1e3, 1)}
     quiet = not heard.lines and not skips
-    return {**row, "right": quiet, "cudagraph_skips": skips, "log": heard.lines[:3], **numbers, "goal": case.goal, "met": quiet and by_hand / us >= case.goal if case.goal else None, "guards": case.guards}
+    return {**row, "right": quiet, "cudagraph_skips": skips, "log": heard.lines[:3], **numbers, "goal": case.goal, "met": quiet and by_hand / us >= case.goal if case.goal else None, "guards": case.guards, "own": case.own}

@@ -122,7 +122,7 @@ def generate(report: Report) -> list[str]:
     def cells(r: dict[str, Any]) -> list[str]:
         beside = [f"{r[name]:.0f}" if name in r else "" for name in ("call_us", "loop_us")]
         wanted = goal(f"{r['goal']:.0%}", r["met"]) if r["goal"] else ""
-        return [r["model"], r["recipe"] + ("" if r.get("guards", True) else ", modules not guarded"), r["head"] or "16 bits", f"{r['tokens_s']:,.0f}", f"{r['by_hand_tokens_s']:,.0f}", f"{r['share']:.0%}", wanted, *beside]
+        return [r["model"], r["recipe"] + (", one cache for all calls" if r.get("own") else "") + ("" if r.get("guards", True) else ", modules not guarded"), r["head"] or "16 bits", f"{r['tokens_s']:,.0f}", f"{r['by_hand_tokens_s']:,.0f}", f"{r['share']:.0%}", wanted, *beside]
 
     body = [cells(r) for r in rows(report, "generate", "share")]
     text = '`model.generate(..., cache_implementation="static")` with our backend in `compile_config`, its prefill taken out, against the step captured by hand; no line of the log speaks of skipped CUDA graphs. Beside the step, a token takes time of the host in the compiled call and in the loop around it, which waits for each token:'
