@@ -99,7 +99,7 @@ def prefill(case: Prefill, device: str = "cuda", repeats: int = 7, **other: Any)
     row = {"model": case.model, "recipe": case.recipe, "tokens": case.tokens, "graph": case.graph, **check(call, model, case.recipe, None, y, exact), "ready_s": round(ready, 1)}
     if not row["right"]:
         return row
-    for _ in range(3):  # weights that are released are captured again, and a CUDA graph is recorded behind a call that warms up
+    for _ in range(3):  # a CUDA graph is recorded behind a call that warms up
         call(forward)
     times = []
     for _ in range(repeats):

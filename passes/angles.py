@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile import compat
+from .narrow import pin
 
 ATEN = torch.ops.aten
 ANGLES = (ATEN.cos.default, ATEN.sin.default)
@@ -28,7 +28,7 @@ def angles(graph: fx.Graph) -> None:
         if node.target in ANGLES:
             last = _last(node)
             if _readers(last) > 1 and (strides := _strides(last.meta["val"])) is not None:
-                _pin(graph, last, strides)
+                pin(graph, last, strides)
 
 
 def _last(node: fx.Node) -> fx.Node:
@@ -56,10 +56,3 @@ def _strides(value: Any) -> list[int] | None:
         strides.append(step if isinstance(step, int) else strides[-1])
         step = step * size
     return strides[::-1]
-
-
-def _pin(graph: fx.Graph, node: fx.Node, strides: list[int]) -> None:
-    with graph.inserting_after(node):
-        own = graph.call_function(compat.force_stride_order(), (node, strides))
-    own.meta = dict(node.meta)
-    node.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)

@@ -28,7 +28,7 @@ def narrow(graph: fx.Graph) -> None:
         if is_product(node, PRODUCTS) and node.meta["val"].device.type != "cpu":
             cast = cast_behind(node)
             if cast is not None and cast.meta["val"].dim() == 2:
-                _pin(graph, cast)
+                pin(graph, cast, [int(cast.meta["val"].shape[1]), 1])
 
 
 def is_product(node: Any, names: tuple[str, ...]) -> bool:
@@ -52,9 +52,9 @@ def cast_behind(product: fx.Node) -> fx.Node | None:
     return None
 
 
-def _pin(graph: fx.Graph, cast: fx.Node) -> None:
-    value = cast.meta["val"]
-    with graph.inserting_after(cast):
-        own = graph.call_function(compat.force_stride_order(), (cast, [int(value.shape[1]), 1]))
-    own.meta = dict(cast.meta)
-    cast.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
+def pin(graph: fx.Graph, node: fx.Node, strides: list[int]) -> None:
+    """Make a node own its memory, with these strides."""
+    with graph.inserting_after(node):
+        own = graph.call_function(compat.force_stride_order(), (node, strides))
+    own.meta = dict(node.meta)
+    node.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)

@@ -73,11 +73,15 @@ def load_weights(
 
 def _move(model: nn.Module, device: torch.device) -> None:
     """Buffers that were computed when the model was built (a rotary embedding's frequencies), and all else that has values."""
-    for module in model.modules():
-        held: dict[str, Any] = {**module._parameters, **module._buffers}
-        for name, value in held.items():
-            if value is not None and not value.is_meta:
-                setattr(module, name, nn.Parameter(value.detach().to(device), value.requires_grad) if name in module._parameters else value.to(device))
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # what is tied stays so
+    for _, (module, name) in _named(model):
+        value = getattr(module, name)
+        if value.is_meta:
+            continue
+        if id(value) not in moved:
+            there = value.detach().to(device)
+            moved[id(value)] = value, value if there.device == value.device else nn.Parameter(there, value.requires_grad) if name in module._parameters else there
+        setattr(module, name, moved[id(value)][1])
 
 
 def _own(module: nn.Module, name: str) -> Tensor:

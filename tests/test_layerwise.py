@@ -242,10 +242,11 @@ def test_layers_that_dynamo_tells_apart_by_their_number(length):
 def test_buffers_that_have_values_move_with_the_weights():
     """On a second device ("meta" stands for one that is not here): all of the model is there afterwards, the tensors that were made with it, too."""
     model = empty(buffers=False)
-    model.layers[1].up.weight = nn.Parameter(torch.randn(64, 32))
+    model.layers[1].up.weight = model.layers[2].up.weight = nn.Parameter(torch.randn(64, 32))
     assert model.shift.device.type == "cpu"
     _move(model, torch.device("meta"))
     assert model.shift.is_meta and model.layers[1].up.weight.is_meta
+    assert model.layers[1].up.weight is model.layers[2].up.weight
 
 
 def test_layers_that_are_alike_share_a_graph():
